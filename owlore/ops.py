@@ -73,7 +73,9 @@ _define()
 
 
 @torch.library.register_fake("owlore::outlier_counts")
-def _(weights: Sequence[Tensor], norms: Sequence[Tensor], thresholds: Sequence[float]):
+def _outlier_counts_fake(
+    weights: Sequence[Tensor], norms: Sequence[Tensor], thresholds: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     counts = weights[0].new_empty((len(weights), len(thresholds)), dtype=torch.int64)
     return counts, weights[0].new_empty((), dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Every op of `owlore.ops` in plain PyTorch: same names, same signatures. This file is the definition.
+"""The definition of every op of `owlore.ops` in plain PyTorch: same names, same signatures.
 
 Letters: W [m, n] a weight (out, in features), G its gradient, P the basis, R the gradient in the
 basis, M and V its Adam moments, N the normalised update, t the number of steps, r the rank.
@@ -47,7 +47,9 @@ def philox(
     return c0, c1, c2, c3
 
 
-def rounding_bits(rows: int, columns: int, seed: int, stream: int, rng_step: Tensor, which: int):
+def rounding_bits(
+    rows: int, columns: int, seed: int, stream: int, rng_step: Tensor, which: int
+) -> Tensor:
     """16 random bits for each element of a [rows, columns] matrix.
 
     One generator call serves eight neighbours in a row: its counter is (row, column // 8, step,
@@ -70,7 +72,7 @@ def rounding_bits(rows: int, columns: int, seed: int, stream: int, rng_step: Ten
     step = (rng_step & 0x3FFFFFFF) | (which << 30)
     words = philox(seed, row, group, step, torch.full_like(step, stream))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack([h.expand(rows, group.shape[1]) for h in halves], dim=-1)  # [rows, groups, 8]
+    bits = torch.stack([h.expand(rows, group.shape[1]) for h in halves], dim=-1)  # [rows, n/8, 8]
     return bits.reshape(rows, -1)[:, :columns].to(torch.int32)
 
 
@@ -275,7 +277,7 @@ def outlier_counts(
 
     Args:
         weights: Linear weights of one block. [m_k, n_k] each, any strides, any float dtype.
-        norms: Norm of each input feature over the calibration tokens. [n_k] each, float32 or float64.
+        norms: Norm of each input feature over the calibration tokens. [n_k], float32 or float64.
         thresholds: Multiples tau of the mean above which an entry is an outlier.
 
     Returns:
@@ -291,5 +293,5 @@ def outlier_counts(
     for k, (W, norm) in enumerate(zip(weights, norms, strict=True)):
         A = W.double().abs().mul_(norm.double())
         for q, tau in enumerate(thresholds):
-            counts[k, q] = (A > tau * mean).sum()
+            counts[k, q] = A.gt(tau * mean).sum()
     return counts, mean

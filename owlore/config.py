@@ -1,0 +1,307 @@
+"""Every choice a user has, validated, with one line of help each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+SIDES = ("std", "left", "right", "reverse", "auto")
+DISTRIBUTIONS = ("outlier", "uniform", "decrease", "increase", "reverse", "weight_norm")
+DRAWS = ("sequential", "inclusion")
+BASES = ("subspace", "svd", "random")
+ON_REFRESH = ("keep", "reset", "transport")
+STATES = ("reset", "keep", "offload")
+ROUNDINGS = ("stochastic", "nearest")
+MOMENTS = ("fp32", "bf16")
+PRESETS: dict[str, dict[str, Any]] = {
+    "owlore": {},
+    "ows": {"rank": None},
+    "lisa": {"distribution": "uniform", "rank": None},
+    "galore": {"distribution": "uniform", "blocks": "all"},
+    "full": {"distribution": "uniform", "blocks": "all", "rank": None},
+}
+
+Distribution = str | Callable[[Any], Sequence[float]]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `OwLore`: the fields of `OwLoreConfig`, for type checkers."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    scale: float
+    blocks: int | str
+    rank: int | None
+    interval: int
+    distribution: Distribution
+    draw: str
+    floor: float
+    scores: Any
+    side: str
+    basis: str
+    power_iterations: int
+    oversampling: int
+    refresh_interval: int
+    on_refresh: str
+    state: str
+    embeddings: str
+    head: str
+    norms: str
+    other: str
+    dense_lr: float | None
+    dense_moments: str
+    moments: str
+    rounding: str
+    seed: int
+    blocks_path: str | None
+
+
+def _option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class OwLoreConfig:
+    """Hyper-parameters of OwLore (arXiv 2405.18380); all are keyword arguments of `OwLore` too.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the option, what was expected
+            and what came.
+        TypeError: A value is of the wrong type, or an option is unknown.
+    """
+
+    lr: float = _option(3e-4, "learning rate")
+    betas: tuple[float, float] = _option((0.9, 0.999), "decay of the first and second moment")
+    eps: float = _option(1e-8, "added to Adam's denominator after bias correction")
+    weight_decay: float = _option(0.0, "decoupled decay of weights with two or more dimensions")
+    scale: float = _option(1.0, "factor on the low-rank update (GaLore's alpha)")
+    blocks: int | str = _option(5, "decoder blocks that train at a time (gamma), or 'all'")
+    rank: int | None = _option(128, "rank of the subspace; 'none' trains drawn blocks densely")
+    interval: int = _option(50, "optimizer steps between draws")
+    distribution: Distribution = _option(
+        "outlier",
+        f"how likely a block is drawn: {', '.join(DISTRIBUTIONS)} or package.module:function",
+    )
+    draw: str = _option(
+        "sequential", "one block after another, or exact inclusion probabilities", DRAWS
+    )
+    floor: float = _option(0.0, "share of the probability spread evenly over all blocks, 0 to 1")
+    scores: Any = _option(None, "outlier score of each block: a scores.json or a list of numbers")
+    side: str = _option("std", "which side of a weight is projected", SIDES)
+    basis: str = _option("subspace", "how the basis is found in the gradient", BASES)
+    power_iterations: int = _option(2, "power iterations of basis='subspace'")
+    oversampling: int = _option(8, "extra columns of basis='subspace'")
+    refresh_interval: int = _option(200, "steps between refreshes of a basis while a block stays")
+    on_refresh: str = _option("keep", "what happens to the moments at a refresh", ON_REFRESH)
+    state: str = _option("reset", "what happens to a block's state when it is left", STATES)
+    embeddings: str = _option("full", "how the embeddings train", ("full", "freeze", "lowrank"))
+    head: str = _option("full", "how the LM head trains", ("full", "freeze", "lowrank"))
+    norms: str = _option("full", "how norms and biases train", ("full", "freeze"))
+    other: str = _option("freeze", "how parameters that fit no scheme train", ("freeze", "full"))
+    dense_lr: float | None = _option(None, "learning rate outside low-rank weights (default: lr)")
+    dense_moments: str = _option(
+        "auto",
+        "moments of embeddings, head, norms and biases; auto: bf16 for bf16 weights",
+        ("auto", *MOMENTS),
+    )
+    moments: str = _option("fp32", "moments of the blocks' weights", MOMENTS)
+    rounding: str = _option("stochastic", "how bf16 weights are rounded", ROUNDINGS)
+    seed: int = _option(0, "seed of draws, random test matrices and rounding")
+    blocks_path: str | None = _option(None, "where the block list is ('model.layers'), if unclear")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.scores, Path):
+            object.__setattr__(self, "scores", str(self.scores))
+        _validate(self)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of all options."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> OwLoreConfig:
+        """Builds a configuration from option names and values.
+
+        Raises:
+            TypeError: An option is unknown; the message names the nearest known one.
+            ValueError: A value is out of its range.
+        """
+        check_names(options)
+        return cls(**options)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> OwLoreConfig:
+        """A named method: owlore, ows (full rank), lisa, galore or full.
+
+        Args:
+            name: One of the five names.
+            overrides: Options that differ from the preset.
+
+        Raises:
+            ValueError: The name is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> OwLoreConfig:
+        """Reads options from a YAML file.
+
+        Raises:
+            ValueError: The file is not a mapping, or a value is out of its range.
+            TypeError: An option is unknown.
+        """
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            options = yaml.safe_load(file)
+        if not isinstance(options, dict):
+            raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
+        return cls.from_dict(options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Options as plain numbers, strings and lists.
+
+        Raises:
+            ValueError: `distribution` is a function without an importable name.
+        """
+        plain = {name: getattr(self, name) for name in self.field_names()}
+        plain["betas"] = list(self.betas)
+        if callable(self.distribution):
+            plain["distribution"] = _import_path(self.distribution)
+        if self.scores is not None and not isinstance(self.scores, str):
+            plain["scores"] = [float(s) for s in getattr(self.scores, "scores", self.scores)]
+        return plain
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the options to a YAML file."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def replace(self, **changes: Any) -> OwLoreConfig:
+        """A copy with some options changed."""
+        check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for the first option that does not exist, naming the nearest that does."""
+    known = OwLoreConfig.field_names()
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise TypeError(f"unknown option {name!r}: {hint}")
+
+
+def resolve_distribution(distribution: Distribution) -> Distribution:
+    """Imports a distribution given as 'package.module:function'; other values pass unchanged.
+
+    Raises:
+        ValueError: The name cannot be imported or is no function.
+    """
+    if callable(distribution) or distribution in DISTRIBUTIONS:
+        return distribution
+    module, _, name = distribution.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        near = difflib.get_close_matches(distribution, DISTRIBUTIONS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or an importable "
+            f"'package.module:function', got {distribution!r}{hint}: {error}"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"distribution: {distribution!r} is not a function")
+    return function
+
+
+def _import_path(function: Callable[..., Any]) -> str:
+    path = f"{function.__module__}:{function.__qualname__}"
+    if "<" in path:
+        raise ValueError(
+            f"distribution: {function.__qualname__!r} has no importable name, so the configuration "
+            "cannot be written; use a function at the top level of a module"
+        )
+    return path
+
+
+def _validate(config: OwLoreConfig) -> None:
+    for name in ("lr", "eps", "weight_decay", "scale", "floor"):
+        _number(name, getattr(config, name))
+    _at_least("lr", config.lr, 0.0)
+    _at_least("eps", config.eps, 0.0)
+    _at_least("weight_decay", config.weight_decay, 0.0)
+    if config.dense_lr is not None:
+        _number("dense_lr", config.dense_lr)
+        _at_least("dense_lr", config.dense_lr, 0.0)
+    if not isinstance(config.betas, tuple) or len(config.betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {config.betas!r}")
+    for beta in config.betas:
+        _number("betas", beta)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas: expected numbers in [0, 1), got {config.betas!r}")
+    if not 0.0 <= config.floor <= 1.0:
+        raise ValueError(f"floor: expected a share between 0 and 1, got {config.floor!r}")
+    if config.blocks != "all":
+        _whole("blocks", config.blocks, 1, "or 'all'")
+    if config.rank is not None:
+        _whole("rank", config.rank, 1, "or None")
+    for name in ("interval", "refresh_interval"):
+        _whole(name, getattr(config, name), 1)
+    for name in ("power_iterations", "oversampling", "seed"):
+        _whole(name, getattr(config, name), 0)
+    if config.seed >= 2**63:
+        raise ValueError(f"seed: expected a number below 2^63, got {config.seed}")
+    for entry in dataclasses.fields(config):
+        choices = entry.metadata["choices"]
+        value = getattr(config, entry.name)
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            expected = ", ".join(choices)
+            raise ValueError(f"{entry.name}: expected one of {expected}, got {value!r}{hint}")
+    if not (callable(config.distribution) or isinstance(config.distribution, str)):
+        kind = type(config.distribution).__name__
+        raise TypeError(f"distribution: expected a name or a function, got {kind}")
+    resolve_distribution(config.distribution)
+    if config.blocks_path is not None and not isinstance(config.blocks_path, str):
+        raise TypeError(f"blocks_path: expected a string, got {config.blocks_path!r}")
+
+
+def _number(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        hint = ""
+        if isinstance(value, str):
+            hint = " (YAML reads 3e-4 as text: write 3.0e-4)"
+        raise TypeError(f"{name}: expected a number, got {value!r}{hint}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected a number >= {least:g}, got {value!r}")
+
+
+def _whole(name: str, value: object, least: int, also: str = "") -> None:
+    expected = " ".join(filter(None, (f"a whole number >= {least}", also)))
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

@@ -1,0 +1,879 @@
+"""OwLore as a `torch.optim.Optimizer` that draws blocks from its own step count."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from owlore import blocks, ops, projection, sampling
+from owlore.config import Options, OwLoreConfig
+from owlore.outliers import read_scores
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = "owlore"
+_VERSION = 1
+# Options that may differ between a checkpoint and the optimizer that loads it: they stand in the
+# param_groups, which a checkpoint restores as every torch optimizer does, or in the saved scores.
+_FREE_OPTIONS = ("lr", "dense_lr", "betas", "eps", "weight_decay", "scale", "scores")
+
+
+class _Member:
+    """One trained parameter: where it belongs and how it trains."""
+
+    __slots__ = ("always", "entry", "group", "param", "rank", "side", "stream")
+
+    def __init__(self, entry: blocks.Entry, side: str | None, rank: int) -> None:
+        self.entry = entry
+        self.param = entry.param
+        self.side = side
+        self.rank = rank
+        self.always = entry.block is None
+        self.stream = zlib.crc32(entry.name.encode())
+        self.group: dict[str, Any] = {}
+
+    def logical(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as [out, in] (a view)."""
+        return tensor.mT if self.entry.transposed else tensor
+
+
+class _Bucket:
+    """Members that share one call of an op: same device, dtypes, group, side and decay."""
+
+    def __init__(self, members: list[_Member], slots: Tensor) -> None:
+        self.members = members
+        self.streams = [member.stream for member in members]
+        self.slots = slots
+        self.flags = torch.zeros(len(members), dtype=torch.int32, device=slots.device)
+
+
+class _DrawHook:
+    """Forward pre-hook of the module that owns the blocks: applies a draw that is due.
+
+    It holds module and optimizer weakly and acts on that very module only, so that a deep copy of
+    the model (an EMA, a reference model) neither copies the optimizer nor drives its draws.
+    """
+
+    def __init__(self, optimizer: OwLore | None, module: nn.Module | None) -> None:
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+        self._module = weakref.ref(module) if module is not None else lambda: None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None or self._module() is not module:
+            return
+        if module.training and torch.is_grad_enabled():
+            optimizer._apply_due_draw()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DrawHook:
+        return _DrawHook(None, None)
+
+    def __reduce__(self) -> tuple[type[_DrawHook], tuple[None, None]]:
+        return _DrawHook, (None, None)
+
+
+class OwLore(Optimizer):
+    """Outlier-weighted sampled low-rank training (OwLore / OWS, arXiv 2405.18380).
+
+    Every `interval` steps `blocks` decoder blocks are drawn; the linear weights of a drawn block
+    train with AdamW in a rank-`rank` subspace of their gradient (GaLore, arXiv 2403.03507), its
+    norms and biases with AdamW. Embeddings, LM head and final norm train at every step with AdamW.
+    All other parameters have `requires_grad=False` while they are not trained.
+
+    The first draw takes effect at the first training forward pass, not at construction, so that
+    trainers and wrappers see every parameter before any is frozen. The active blocks are a pure
+    function of seed, step and scores. Parameters that already have `requires_grad=False` at
+    construction are left alone for good.
+
+    Args:
+        model: A Hugging Face decoder, or any module whose blocks stand in one `nn.ModuleList`.
+        config: All options; or None and give them as keywords.
+        **options: Fields of `OwLoreConfig`; they override `config`.
+
+    Raises:
+        ValueError: An option does not fit the model, or outlier scores are missing.
+        TypeError: An option is unknown or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OwLoreConfig | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if config is not None and not isinstance(config, OwLoreConfig):
+            raise TypeError(f"config: expected an OwLoreConfig, got {type(config).__name__}")
+        given = OwLoreConfig.from_dict(options) if config is None else config.replace(**options)
+        layout = blocks.find_layout(model, given.blocks_path)
+        n = len(layout.blocks)
+        self.config = given
+        self._layout = layout
+        self._gamma = n if given.blocks == "all" else int(given.blocks)
+        scores = None if given.scores is None else read_scores(given.scores)
+        self._scores = None if scores is None else sampling.check_scores(scores, n).tolist()
+        norms = blocks.weight_norms(layout) if given.distribution == "weight_norm" else None
+        p = sampling.probabilities(given.distribution, n, self._scores, norms, given.floor)
+        sampling.check_drawable(p, self._gamma)
+        self._p = p
+        members = _choose_members(layout, given)
+        self._sealed = False
+        super().__init__(_param_groups(members, given), {"lr": given.lr})
+        self._sealed = True
+        for group in self.param_groups:
+            for member in members:
+                if member.entry.role == group["name"]:
+                    member.group = group
+        self._members = members
+        trained = {id(member.param) for member in members}
+        self._frozen = [
+            entry.param
+            for entry in layout.entries
+            if id(entry.param) not in trained and entry.param.requires_grad
+        ]
+        self._original_flags = [(e.param, e.param.requires_grad) for e in layout.entries]
+        self._steps = 0
+        self._drawn = -1
+        self._active: tuple[int, ...] = ()
+        self._flags_applied = True
+        self._buckets: list[_Bucket] | None = None
+        self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
+        self._energy: dict[str, Tensor] = {}
+        self._rng_steps: dict[torch.device, Tensor] = {}
+        self._lrs: dict[tuple[str, torch.device], Tensor] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._warned: set[str] = set()
+        self._reported_skips = 0
+        self._hook = layout.owner.register_forward_pre_hook(_DrawHook(self, layout.owner))
+        for line in self.describe():
+            logger.info(line)
+
+    # What the user reads.
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._steps
+
+    @property
+    def active_blocks(self) -> tuple[int, ...]:
+        """Blocks that train now, ascending; empty before the first draw."""
+        return self._active
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Probability of each block, [L], summing to 1."""
+        return [float(p) for p in self._p]
+
+    @property
+    def scores(self) -> list[float] | None:
+        """Outlier score of each block, [L], if scores were given."""
+        return self._scores
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of weights that can change over the whole run."""
+        return sum(member.param.numel() for member in self._members)
+
+    def draws(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Every draw so far: the step from which it holds and its blocks."""
+        return [(i * self.config.interval, self._draw(i)) for i in range(self._drawn + 1)]
+
+    def describe(self) -> list[str]:
+        """What trains how, what is frozen, and which ranks were clamped; one line each."""
+        return _describe(self._layout, self._members, self.config, self._gamma)
+
+    def energy(self) -> dict[str, float]:
+        """Captured gradient energy ||P^T G||^2 / ||G||^2 of each active weight's basis.
+
+        Taken when the basis was computed; by parameter name. Waits for the device.
+        """
+        return {name: float(value) for name, value in self._energy.items()}
+
+    def nonfinite(self) -> dict[str, int]:
+        """Number of steps in which a parameter's non-finite gradients were skipped, by its name.
+
+        Parameters without such a step are left out. Counted since construction or loading. Waits
+        for the device.
+        """
+        counts: dict[str, int] = {}
+        for device, skipped in self._skipped.items():
+            on_device = [m for m in self._members if m.param.device == device]
+            for member, count in zip(on_device, skipped.tolist(), strict=True):
+                if count:
+                    counts[member.entry.name] = count
+        return counts
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now.
+
+        Returns:
+            "weights" and "gradients" of the whole model, "moments" (with their step counts) and
+            "basis" on the device, and "host", the state of left blocks under state="offload".
+        """
+        account = dict.fromkeys(("weights", "gradients", "moments", "basis", "host"), 0)
+        for entry in self._layout.entries:
+            account["weights"] += _bytes(entry.param)
+            if entry.param.grad is not None:
+                account["gradients"] += _bytes(entry.param.grad)
+        for member in self._members:
+            away = self.config.state == "offload" and not self._is_active(member)
+            for key, value in self.state.get(member.param, {}).items():
+                if isinstance(value, Tensor):
+                    part = "host" if away else "basis" if key == "basis" else "moments"
+                    account[part] += _bytes(value)
+        return account
+
+    # The draw clock.
+
+    def _draw(self, index: int) -> tuple[int, ...]:
+        if self._gamma == len(self._p):
+            return tuple(range(self._gamma))
+        return sampling.draw(self._p, self._gamma, self.config.seed, index, self.config.draw)
+
+    def _is_active(self, member: _Member) -> bool:
+        return member.always or member.entry.block in self._active
+
+    def _draw_is_due(self) -> bool:
+        return self._steps // self.config.interval != self._drawn
+
+    def _apply_due_draw(self) -> None:
+        """Activates the blocks of the present interval, if they are not active already."""
+        if self._draw_is_due():
+            self._activate(self._steps // self.config.interval)
+        if not self._flags_applied:
+            self._apply_flags()
+
+    def _activate(self, index: int) -> None:
+        self._read_pending()
+        self._report_skipped()
+        before, self._active = self._active, self._draw(index)
+        first, self._drawn = self._drawn < 0, index
+        if first or before != self._active:
+            for member in self._members:
+                block = member.entry.block
+                if block in before and block not in self._active:
+                    self._leave(member)
+                elif block in self._active and block not in before:
+                    self._enter(member)
+            self._flags_applied = False
+            self._buckets = None
+
+    def _apply_flags(self) -> None:
+        for param in self._frozen:
+            param.requires_grad_(False)
+            param.grad = None
+        for member in self._members:
+            active = self._is_active(member)
+            member.param.requires_grad_(active)
+            if not active:
+                member.param.grad = None
+        self._flags_applied = True
+
+    def _leave(self, member: _Member) -> None:
+        self._energy.pop(member.entry.name, None)
+        if self.config.state == "reset":
+            self.state.pop(member.param, None)
+        elif self.config.state == "offload" and member.param in self.state:
+            self._move_state(member, _to_host)
+
+    def _enter(self, member: _Member) -> None:
+        state = self.state.get(member.param)
+        if not state:
+            return
+        if self.config.state == "offload":
+            device = member.param.device
+            self._move_state(member, lambda value: value.to(device, non_blocking=True))
+        if member.side is not None:
+            state["basis_age"] = -1
+
+    def _move_state(self, member: _Member, move: Callable[[Tensor], Tensor]) -> None:
+        state = self.state[member.param]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = move(value)
+
+    def detach(self) -> None:
+        """Takes the optimizer off the model; the trained weights stay.
+
+        Removes the hook, restores every requires_grad, frees gradients and state.
+        """
+        self._hook.remove()
+        for param, flag in self._original_flags:
+            param.requires_grad_(flag)
+            param.grad = None
+        self.state.clear()
+        self._buckets = None
+        self._pending.clear()
+        self._energy.clear()
+        self._detached = True
+
+    _detached = False
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the active blocks' weights and the parameters that always train.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: The optimizer was detached.
+        """
+        if self._detached:
+            raise RuntimeError("this OwLore optimizer was detached from its model; build a new one")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._draw_is_due():
+            self._warn_once(
+                "a draw of blocks was due and no training forward pass of "
+                f"{type(self._layout.owner).__name__} came before step(): the blocks are drawn now "
+                "and train from the next backward pass on (is the model in eval mode?)"
+            )
+            self._apply_due_draw()
+        self._read_pending()
+        if self._buckets is None:
+            self._buckets = self._build_buckets()
+        stepped = False
+        for bucket in self._buckets:
+            stepped |= self._step_bucket(bucket)
+        if not stepped:
+            self._warn_once(
+                "step() found no gradient on any active weight, so nothing was trained (was "
+                "backward() called? reentrant activation checkpointing without input gradients "
+                "yields none)"
+            )
+        self._steps += 1
+        for rng_step in self._rng_steps.values():
+            rng_step.add_(1)
+        return loss
+
+    def _build_buckets(self) -> list[_Bucket]:
+        shared: dict[tuple[Any, ...], list[_Member]] = {}
+        for member in self._members:
+            if self._is_active(member):
+                param = member.param
+                decays = param.dim() >= 2
+                key = (member.group["name"], param.device, param.dtype, member.side, decays)
+                shared.setdefault(key, []).append(member)
+        order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
+        buckets = []
+        for members in shared.values():
+            device = members[0].param.device
+            slots = torch.tensor([order[id(m)] for m in members], device=device)
+            buckets.append(_Bucket(members, slots))
+        return buckets
+
+    def _by_device(self) -> dict[torch.device, list[_Member]]:
+        devices: dict[torch.device, list[_Member]] = {}
+        for member in self._members:
+            devices.setdefault(member.param.device, []).append(member)
+        return devices
+
+    def _step_bucket(self, bucket: _Bucket) -> bool:
+        members, streams, slots, flags = bucket.members, bucket.streams, bucket.slots, bucket.flags
+        have = [i for i, member in enumerate(members) if member.param.grad is not None]
+        if not have:
+            return False
+        if len(have) < len(members):
+            members = [members[i] for i in have]
+            streams = [streams[i] for i in have]
+            slots, flags = slots[have], torch.zeros_like(flags[: len(have)])
+        for member in members:
+            if member.param not in self.state:
+                self.state[member.param] = self._new_state(member)
+        if members[0].side is not None:
+            self._refresh([m for m in members if self.state[m.param]["basis_age"] < 0])
+        states = [self.state[member.param] for member in members]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        first = members[0]
+        device = first.param.device
+        group = first.group
+        rng_step, skipped = self._device_counters(device)
+        params = [member.logical(member.param.detach()) for member in members]
+        grads = [member.logical(_grad(member.param)) for member in members]
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        lr = self._device_lr(group, device)
+        beta1, beta2 = group["betas"]
+        stochastic = self.config.rounding == "stochastic"
+        if first.side is None:
+            ops.adamw_(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                lr,
+                flags,
+                rng_step,
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"] if first.param.dim() >= 2 else 0.0,
+                stochastic=stochastic,
+                seed=self.config.seed,
+                streams=streams,
+            )
+        else:
+            ops.lowrank_adam_(
+                params,
+                grads,
+                [state["basis"] for state in states],
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                lr,
+                flags,
+                rng_step,
+                side=first.side,
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                scale=group["scale"],
+                stochastic=stochastic,
+                seed=self.config.seed,
+                streams=streams,
+            )
+            for state in states:
+                age = state["basis_age"] + 1
+                state["basis_age"] = -1 if age >= self.config.refresh_interval else age
+        skipped.index_add_(0, slots, flags)
+        flags.zero_()
+        return True
+
+    def _new_state(self, member: _Member) -> dict[str, Any]:
+        shape, dtype = _moment_spec(member, self.config)
+        device = member.param.device
+        state: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros(shape, dtype=dtype, device=device),
+            "exp_avg_sq": torch.zeros(shape, dtype=dtype, device=device),
+        }
+        if member.side is not None:
+            # Minus one: no basis, or one that is due to be computed anew.
+            state["basis_age"] = -1
+        return state
+
+    def _refresh(self, members: list[_Member]) -> None:
+        """Computes the bases of members that are due, from their gradients."""
+        if not members:
+            return
+        config = self.config
+        states = [self.state[member.param] for member in members]
+        names = [member.entry.name for member in members]
+        old = [state.get("basis") for state in states]
+        new, energies, finite = projection.refresh_bases(
+            [member.logical(_grad(member.param)) for member in members],
+            [member.rank for member in members],
+            [member.side or "" for member in members],
+            old,
+            [projection.matrix_seed(config.seed, self._steps, name) for name in names],
+            method=config.basis,
+            power_iterations=config.power_iterations,
+            oversampling=config.oversampling,
+        )
+        for i, state in enumerate(states):
+            before = old[i]
+            if before is not None and config.on_refresh == "transport":
+                moved = projection.transport(
+                    state["exp_avg"], before, new[i], members[i].side or ""
+                )
+                state["exp_avg"].copy_(torch.where(finite[i], moved, state["exp_avg"]))
+            elif before is not None and config.on_refresh == "reset":
+                for key in ("exp_avg", "exp_avg_sq", "step"):
+                    state[key].masked_fill_(finite[i], 0)
+            state["basis"] = new[i]
+            state["basis_age"] = 0
+            self._energy[names[i]] = energies[i]
+        self._pending.append((members, projection.DeferredFlags(finite)))
+
+    def _read_pending(self) -> None:
+        """Makes due again every basis whose last gradient turned out not to be finite."""
+        for members, flags in self._pending:
+            for member, finite in zip(members, flags.read(), strict=True):
+                if not finite and member.param in self.state:
+                    self.state[member.param]["basis_age"] = -1
+        self._pending.clear()
+
+    def _device_counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._rng_steps:
+            self._rng_steps[device] = torch.full((), self._steps, device=device)
+            count = len(self._by_device()[device])
+            self._skipped[device] = torch.zeros(count, dtype=torch.int32, device=device)
+        return self._rng_steps[device], self._skipped[device]
+
+    def _device_lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        key = (group["name"], device)
+        if key not in self._lrs:
+            self._lrs[key] = torch.zeros((), dtype=torch.float64, device=device)
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return self._lrs[key].copy_(lr, non_blocking=True)
+        return self._lrs[key].fill_(lr)
+
+    def _report_skipped(self) -> None:
+        """Warns of non-finite gradients, at a draw: a wait for the device is cheap there."""
+        counts = self.nonfinite()
+        total = sum(counts.values())
+        if total > self._reported_skips:
+            names = ", ".join(list(counts)[:3])
+            warnings.warn(
+                f"owlore: non-finite gradients were skipped in {total - self._reported_skips} "
+                f"updates of single parameters since the last draw (such as {names}); their "
+                "weights and moments were left as they were",
+                stacklevel=2,
+            )
+            self._reported_skips = total
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"owlore: {message}", stacklevel=4)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the groups are complete from the start.
+
+        Raises:
+            ValueError: Always, once the optimizer is built.
+        """
+        if getattr(self, "_sealed", False):
+            raise ValueError(
+                "OwLore's parameter groups are complete from the start; train further parameters "
+                "with an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-exact resume needs, as plain tensors, numbers, strings and lists.
+
+        Counters, probabilities and options stand in `param_groups[0]["owlore"]`.
+        """
+        self._read_pending()
+        if self.config.state == "offload":
+            for device in self._by_device():
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        saved = super().state_dict()
+        plain = self.config.to_dict()
+        saved["param_groups"][0][_CHECKPOINT] = {
+            "version": _VERSION,
+            "steps": self._steps,
+            "drawn": self._drawn,
+            "probabilities": self.probabilities,
+            "scores": self._scores,
+            "config": {name: plain[name] for name in plain if name not in _FREE_OPTIONS},
+        }
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a `state_dict()`: dtypes are kept, tensors are copied to their devices.
+
+        Everything is checked before anything changes.
+
+        Raises:
+            ValueError: The checkpoint is damaged, comes from another optimizer or model, or was
+                made with other options.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        counters, states = self._check_checkpoint(state_dict)
+        self._p = np.array(counters["probabilities"])
+        self._scores = counters["scores"]
+        self._steps, self._drawn = counters["steps"], counters["drawn"]
+        self._active = self._draw(self._drawn) if self._drawn >= 0 else ()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            own = ("params", "param_names", "name")
+            group.update({k: v for k, v in saved.items() if k not in own and k != _CHECKPOINT})
+        self.state.clear()
+        for member, saved_state in states:
+            away = self.config.state == "offload" and not self._is_active(member)
+            device = torch.device("cpu") if away else member.param.device
+            state = {
+                key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in saved_state.items()
+            }
+            self.state[member.param] = state
+            if away:
+                self._move_state(member, _to_host)
+        self._flags_applied = self._drawn < 0
+        self._buckets = None
+        self._pending.clear()
+        self._energy.clear()
+        self._rng_steps.clear()
+        self._skipped.clear()
+        self._reported_skips = 0
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_checkpoint(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[tuple[_Member, dict[str, Any]]]]:
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError("checkpoint: expected a dict with 'state' and 'param_groups'")
+        saved_groups = state_dict["param_groups"]
+        if not saved_groups or _CHECKPOINT not in saved_groups[0]:
+            raise ValueError("checkpoint: not written by OwLore (no 'owlore' entry in its groups)")
+        counters = saved_groups[0][_CHECKPOINT]
+        if counters.get("version") != _VERSION:
+            raise ValueError(
+                f"checkpoint: expected version {_VERSION}, got {counters.get('version')!r}"
+            )
+        mine = self.config.to_dict()
+        theirs = counters.get("config", {})
+        different = [
+            f"{name} (checkpoint {theirs.get(name)!r}, here {mine[name]!r})"
+            for name in mine
+            if name not in _FREE_OPTIONS and theirs.get(name) != mine[name]
+        ]
+        if different:
+            raise ValueError(
+                f"checkpoint: made with other options: {', '.join(different)}; resume with the "
+                "same options, or start a new optimizer from the saved weights"
+            )
+        self._check_counters(counters)
+        by_id: dict[int, _Member] = {}
+        members = {id(member.param): member for member in self._members}
+        names = [group["name"] for group in self.param_groups]
+        saved_names = [group.get("name") for group in saved_groups]
+        if saved_names != names:
+            raise ValueError(f"checkpoint: expected groups {names}, got {saved_names}")
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            expected, got = group["param_names"], saved.get("param_names")
+            if got != expected:
+                odd = next((a for a in got or () if a not in set(expected)), "another order")
+                raise ValueError(
+                    f"checkpoint: parameters of group {group['name']!r} are not this model's "
+                    f"({len(got or ())} against {len(expected)}; the first difference: {odd})"
+                )
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                by_id[number] = members[id(param)]
+        states = []
+        for number, state in state_dict["state"].items():
+            if number not in by_id:
+                raise ValueError(f"checkpoint: state of unknown parameter {number!r}")
+            member = by_id[number]
+            _check_state(member, state, self.config)
+            states.append((member, state))
+        return counters, states
+
+    def _check_counters(self, counters: dict[str, Any]) -> None:
+        n = len(self._p)
+        for name, least in (("steps", 0), ("drawn", -1)):
+            value = counters.get(name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"checkpoint: {name}: expected a number >= {least}, got {value!r}")
+        p = counters.get("probabilities")
+        if not isinstance(p, list) or len(p) != n or abs(sum(p) - 1) > 1e-6 or min(p) < 0:
+            raise ValueError(f"checkpoint: probabilities: expected {n} that sum to 1, got {p!r}")
+        if any(abs(a - b) > 1e-9 for a, b in zip(p, self._p, strict=True)):
+            warnings.warn(
+                "owlore: the checkpoint was made with other block probabilities (other scores); "
+                "the checkpoint's are used",
+                stacklevel=5,
+            )
+
+
+def _choose_members(layout: blocks.Layout, config: OwLoreConfig) -> list[_Member]:
+    """The parameters that train, in the model's order, each with side and rank."""
+    if layout.tied:
+        if config.embeddings != config.head:
+            raise ValueError(
+                "head: the LM head shares its weight with the embedding in this model, so "
+                f"embeddings and head must be the same, got {config.embeddings!r} and "
+                f"{config.head!r}"
+            )
+        if config.head == "lowrank":
+            raise ValueError(
+                "head: 'lowrank' is not possible where the LM head shares its weight with the "
+                "embedding; use 'full' or 'freeze'"
+            )
+    policy = {
+        blocks.BLOCKS: "full" if config.rank is None else "lowrank",
+        blocks.BLOCK_NORMS: config.norms,
+        blocks.EMBEDDINGS: config.embeddings,
+        blocks.HEAD: config.head,
+        blocks.NORM: config.norms,
+        blocks.OTHER: config.other,
+    }
+    sides = _sides(layout, config.side)
+    members = []
+    for entry in layout.entries:
+        choice = policy[entry.role]
+        if choice == "freeze" or not entry.param.requires_grad:
+            continue
+        if choice == "lowrank" and entry.param.dim() == 2:
+            if config.rank is None:
+                raise ValueError(f"rank: {entry.role}='lowrank' needs a rank, got None")
+            rank = min(config.rank, *entry.param.shape)
+            members.append(_Member(entry, sides[id(entry.param)], rank))
+        else:
+            members.append(_Member(entry, None, 0))
+    if not any(member.entry.role == blocks.BLOCKS for member in members):
+        raise ValueError(
+            "model: every linear weight of its blocks has requires_grad=False, so there is nothing "
+            "to train; call model.requires_grad_(True), or detach() the optimizer used before"
+        )
+    return members
+
+
+def _sides(layout: blocks.Layout, side: str) -> dict[int, str]:
+    """Projected side of each matrix; "auto" decides once for layers that may share an input.
+
+    Layers share an input if they hang on the same parent and have as many in features; they are
+    taken as one stacked weight [sum of m, n], whose "std" side all of them get.
+    """
+    stacked: dict[tuple[int | None, tuple[str, int] | None], int] = {}
+    matrices = [entry for entry in layout.entries if entry.param.dim() == 2]
+    for entry in matrices:
+        key = (entry.block, entry.siblings)
+        stacked[key] = stacked.get(key, 0) + entry.shape[0]
+    sides = {}
+    for entry in matrices:
+        m, n = entry.shape
+        if side == "auto":
+            if entry.siblings is not None:
+                m = stacked[(entry.block, entry.siblings)]
+            sides[id(entry.param)] = projection.choose_side(m, n, "std")
+        else:
+            sides[id(entry.param)] = projection.choose_side(m, n, side)
+    return sides
+
+
+def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str, Any]]:
+    groups = []
+    for role in blocks.ROLES:
+        params = [(m.entry.name, m.param) for m in members if m.entry.role == role]
+        dense = role != blocks.BLOCKS and config.dense_lr is not None
+        if params:
+            groups.append(
+                {
+                    "params": params,
+                    "name": role,
+                    "lr": config.dense_lr if dense else config.lr,
+                    "betas": config.betas,
+                    "eps": config.eps,
+                    "weight_decay": config.weight_decay,
+                    "scale": config.scale,
+                }
+            )
+    return groups
+
+
+def _moment_spec(member: _Member, config: OwLoreConfig) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a member's moments."""
+    dtype = member.param.dtype
+    if dtype == torch.float64:
+        moments = torch.float64
+    elif member.entry.role == blocks.BLOCKS or member.side is not None:
+        moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
+    else:
+        auto = config.dense_moments == "auto" and dtype == torch.bfloat16
+        moments = torch.bfloat16 if auto or config.dense_moments == "bf16" else torch.float32
+    if member.side is None:
+        return tuple(member.param.shape), moments
+    m, n = member.entry.shape
+    return ((member.rank, n) if member.side == "left" else (m, member.rank)), moments
+
+
+def _check_state(member: _Member, state: dict[str, Any], config: OwLoreConfig) -> None:
+    name = member.entry.name
+    shape, dtype = _moment_spec(member, config)
+    expected = {
+        "step": ((), torch.float32),
+        "exp_avg": (shape, dtype),
+        "exp_avg_sq": (shape, dtype),
+    }
+    if member.side is not None:
+        m, n = member.entry.shape
+        rows = m if member.side == "left" else n
+        expected["basis"] = ((rows, member.rank), member.param.dtype)
+    ages = {"basis_age"} if member.side is not None else set()
+    if not isinstance(state, dict) or set(state) != set(expected) | ages:
+        keys = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"checkpoint: {name}: expected {sorted(set(expected) | ages)}, got {keys}")
+    for key, (want_shape, want_dtype) in expected.items():
+        value = state[key]
+        got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+        if got != (want_shape, want_dtype):
+            want = (want_shape, want_dtype)
+            raise ValueError(f"checkpoint: {name}.{key}: expected {want}, got {got}")
+    if ages and not isinstance(state["basis_age"], int):
+        raise ValueError(f"checkpoint: {name}.basis_age: expected a number")
+
+
+def _describe(
+    layout: blocks.Layout, members: list[_Member], config: OwLoreConfig, gamma: int
+) -> list[str]:
+    lines = [
+        f"{len(layout.blocks)} decoder blocks in {layout.blocks_path}, {gamma} train at a time, "
+        f"drawn every {config.interval} steps"
+    ]
+    by_param = {id(member.param): member for member in members}
+    for role in blocks.ROLES:
+        entries = [entry for entry in layout.entries if entry.role == role]
+        if not entries:
+            continue
+        low = [e for e in entries if (m := by_param.get(id(e.param))) and m.side is not None]
+        dense = [e for e in entries if (m := by_param.get(id(e.param))) and m.side is None]
+        frozen = [e for e in entries if id(e.param) not in by_param]
+        parts = [
+            f"{len(found)} {how} ({sum(e.param.numel() for e in found):,} weights)"
+            for found, how in ((low, "low-rank"), (dense, "dense"), (frozen, "frozen"))
+            if found
+        ]
+        lines.append(f"{role}: {', '.join(parts)}")
+        if frozen and role in (blocks.OTHER, blocks.BLOCKS):
+            kinds = sorted({_pattern(entry.name) for entry in frozen})
+            lines.append(f"{role}: not trained: {', '.join(kinds)}")
+    clamped: dict[str, int] = {}
+    for member in members:
+        if config.rank is not None and member.side is not None and member.rank < config.rank:
+            clamped[_pattern(member.entry.name)] = member.rank
+    for pattern, rank in clamped.items():
+        lines.append(f"rank {config.rank} is above the smaller side of {pattern}: {rank} is used")
+    return lines
+
+
+def _pattern(name: str) -> str:
+    """A parameter's name with '*' for the numbers in it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """A copy in host memory, pinned where there is a GPU."""
+    host = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
+    return host.copy_(value, non_blocking=True)
