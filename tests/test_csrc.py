@@ -184,7 +184,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             counts, mean = torch.ops.owlore.outlier_counts([W, W.T], [norm, x[:700, 0].abs()], TAUS)
-            acc = torch.zeros(300)
+            acc = torch.zeros(300, dtype=torch.float64)
             torch.ops.owlore.column_sq_norm_(acc, x)
             found.append((counts, mean, acc))
     finally:
