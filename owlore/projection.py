@@ -84,7 +84,13 @@ def refresh_bases(
             captured = (P.mT @ A).square().sum()
         else:
             P, captured = _subspace(A, r, old, generator, power_iterations, oversampling)
-        kept = torch.full_like(P, float("nan")) if old is None else old.to(dtype)
+        if old is None:
+            kept = torch.full_like(P, float("nan"))
+        else:
+            kept = old.to(dtype)
+            # A singular vector's sign is arbitrary. Moments that are kept over a refresh are written
+            # in the old columns, so each new column points to the side of the old one.
+            P = torch.where((P * kept).sum(dim=0) < 0, -P, P)
         bases.append(torch.where(ok, P, kept).to(G.dtype))
         total = A.square().sum().clamp_min(torch.finfo(dtype).tiny)
         energies.append((captured / total).float())

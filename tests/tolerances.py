@@ -1,0 +1,11 @@
+"""Every tolerance of the suite, with the reason for its size."""
+
+# One op, float64 arithmetic on both sides: rounding of a few operations.
+OP_FLOAT64 = {"rtol": 1e-12, "atol": 1e-14}
+# One op in float32 against torch's own float32: the order of operations differs.
+OP_FLOAT32 = {"rtol": 2e-6, "atol": 1e-7}
+# 50 training steps in float64. Adam divides by sqrt(v) of single elements, which lifts the rounding
+# of gradients whose true value is near zero.
+TRAINING_FLOAT64 = {"rtol": 1e-7, "atol": 1e-9}
+# Orthonormality of a basis computed in float32 by Householder QR.
+ORTHONORMAL_FLOAT32 = 1e-5
