@@ -7,6 +7,7 @@ import difflib
 import importlib
 import math
 import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,14 @@ class OwLoreConfig:
         if isinstance(self.scores, Path):
             object.__setattr__(self, "scores", str(self.scores))
         _validate(self)
+        # NumPy's numbers pass the checks, but neither YAML nor torch.load(weights_only=True).
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, numbers.Integral):
+                object.__setattr__(self, entry.name, int(value))
+            elif isinstance(value, numbers.Real):
+                object.__setattr__(self, entry.name, float(value))
+        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -161,13 +170,18 @@ class OwLoreConfig:
         """Reads options from a YAML file.
 
         Raises:
-            ValueError: The file is not a mapping, or a value is out of its range.
-            TypeError: An option is unknown.
+            ValueError: The file is missing, no YAML or no mapping, or a value is out of its range.
+            TypeError: An option is unknown or of the wrong type.
         """
         import yaml
 
-        with open(path, encoding="utf-8") as file:
-            options = yaml.safe_load(file)
+        try:
+            with open(path, encoding="utf-8") as file:
+                options = yaml.safe_load(file)
+        except OSError as error:
+            raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"config: {path} is not valid YAML: {error}") from error
         if not isinstance(options, dict):
             raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
         return cls.from_dict(options)
@@ -218,7 +232,7 @@ def resolve_distribution(distribution: Distribution) -> Distribution:
         return distribution
     module, _, name = distribution.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         near = difflib.get_close_matches(distribution, DISTRIBUTIONS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -232,11 +246,12 @@ def resolve_distribution(distribution: Distribution) -> Distribution:
 
 
 def _import_path(function: Callable[..., Any]) -> str:
-    path = f"{function.__module__}:{function.__qualname__}"
+    # Lambdas, local functions and functools.partial cannot be imported again.
+    path = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '<unnamed>')}"
     if "<" in path:
         raise ValueError(
-            f"distribution: {function.__qualname__!r} has no importable name, so the configuration "
-            "cannot be written; use a function at the top level of a module"
+            f"distribution: {function!r} has no importable name, so the configuration cannot be "
+            "written; use a function at the top level of a module"
         )
     return path
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from owlore import blocks, ops, projection, sampling
-from owlore.config import Options, OwLoreConfig
+from owlore.config import Options, OwLoreConfig, importable
 from owlore.outliers import read_scores
 
 logger = logging.getLogger(__name__)
@@ -352,14 +352,12 @@ class OwLore(Optimizer):
         self._read_pending()
         if self._buckets is None:
             self._buckets = self._build_buckets()
-        stepped = False
-        for bucket in self._buckets:
-            stepped |= self._step_bucket(bucket)
-        if not stepped:
+        stepped = [bucket for bucket in self._buckets if self._step_bucket(bucket)]
+        if not any(bucket.members[0].entry.role == blocks.BLOCKS for bucket in stepped):
             self._warn_once(
-                "step() found no gradient on any active weight, so nothing was trained (was "
-                "backward() called? reentrant activation checkpointing without input gradients "
-                "yields none)"
+                "step() found no gradient on any active block's weights, so no block was trained "
+                "(was backward() called? reentrant activation checkpointing without input "
+                "gradients yields none)"
             )
         self._steps += 1
         for rng_step in self._rng_steps.values():
@@ -420,8 +418,8 @@ class OwLore(Optimizer):
             ops.adamw_(
                 params,
                 grads,
-                exp_avgs,
-                exp_avg_sqs,
+                [m.logical(M) for m, M in zip(members, exp_avgs, strict=True)],
+                [m.logical(V) for m, V in zip(members, exp_avg_sqs, strict=True)],
                 steps,
                 lr,
                 flags,
@@ -495,6 +493,9 @@ class OwLore(Optimizer):
         )
         for i, state in enumerate(states):
             before = old[i]
+            if before is None:
+                # Without a basis the whole matrix is skipped: t must not count this step.
+                state["step"].sub_((~finite[i]).to(state["step"].dtype))
             if before is not None and config.on_refresh == "transport":
                 moved = projection.transport(
                     state["exp_avg"], before, new[i], members[i].side or ""
@@ -577,14 +578,13 @@ class OwLore(Optimizer):
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
         saved = super().state_dict()
-        plain = self.config.to_dict()
         saved["param_groups"][0][_CHECKPOINT] = {
             "version": _VERSION,
             "steps": self._steps,
             "drawn": self._drawn,
             "probabilities": self.probabilities,
             "scores": self._scores,
-            "config": {name: plain[name] for name in plain if name not in _FREE_OPTIONS},
+            "config": _bound_options(self.config),
         }
         return saved
 
@@ -643,12 +643,11 @@ class OwLore(Optimizer):
             raise ValueError(
                 f"checkpoint: expected version {_VERSION}, got {counters.get('version')!r}"
             )
-        mine = self.config.to_dict()
-        theirs = counters.get("config", {})
+        mine, theirs = _bound_options(self.config), counters.get("config", {})
         different = [
             f"{name} (checkpoint {theirs.get(name)!r}, here {mine[name]!r})"
             for name in mine
-            if name not in _FREE_OPTIONS and theirs.get(name) != mine[name]
+            if theirs.get(name) != mine[name]
         ]
         if different:
             raise ValueError(
@@ -696,6 +695,15 @@ class OwLore(Optimizer):
                 "the checkpoint's are used",
                 stacklevel=5,
             )
+
+
+def _bound_options(config: OwLoreConfig) -> dict[str, Any]:
+    """The options that a checkpoint and the optimizer that loads it must have in common."""
+    if callable(config.distribution) and not importable(config.distribution):
+        # A function without a name cannot be compared; its probabilities are saved and compared.
+        config = config.replace(distribution="uniform")
+    plain = config.to_dict()
+    return {name: plain[name] for name in plain if name not in _FREE_OPTIONS}
 
 
 def _choose_members(layout: blocks.Layout, config: OwLoreConfig) -> list[_Member]:
