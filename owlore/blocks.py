@@ -101,7 +101,8 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[str, 
     """Finds the list of decoder blocks.
 
     It is the outermost `nn.ModuleList` whose children all hold linear layers. Where there are
-    several (a vision tower, an encoder), the one as long as the text config's num_hidden_layers.
+    several (a vision tower), the one as long as the text config's num_hidden_layers. An encoder
+    beside a decoder is never guessed at.
 
     Args:
         model: A Hugging Face model, or any module built like one.
@@ -130,11 +131,13 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[str, 
             candidates[name] = module
     if len(candidates) > 1:
         config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        length = getattr(config, "num_hidden_layers", None)
-        fitting = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
-        candidates = fitting or candidates
+        # T5 and BART call the number of encoder layers num_hidden_layers.
+        if not getattr(config, "is_encoder_decoder", False):
+            if config is not None and hasattr(config, "get_text_config"):
+                config = config.get_text_config()
+            length = getattr(config, "num_hidden_layers", None)
+            fitting = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
+            candidates = fitting or candidates
     if len(candidates) != 1:
         what = f"several lists fit: {', '.join(candidates)}" if candidates else "none was found"
         raise ValueError(
@@ -227,8 +230,8 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
             entries.append(Entry(name, param, OTHER))
     if not any(entry.role == BLOCKS for entry in entries):
         raise ValueError(
-            f"model: no linear layer with floating-point weights in {path}; quantised models "
-            "cannot be trained by OwLore"
+            f"model: no linear layer with floating-point weights of one block in {path}; OwLore "
+            "cannot train quantised models, nor blocks that share all their weights"
         )
     tied = bool(embeddings & head_params)
     return Layout(path, owner, tuple(blocks), tuple(entries), tied)

@@ -245,15 +245,20 @@ def resolve_distribution(distribution: Distribution) -> Distribution:
     return function
 
 
+def importable(function: Callable[..., Any]) -> bool:
+    """Whether a function has a name under which 'package.module:function' finds it."""
+    # Lambdas, local functions and functools.partial have none.
+    name = getattr(function, "__qualname__", "<unnamed>")
+    return "<" not in name and "." not in name
+
+
 def _import_path(function: Callable[..., Any]) -> str:
-    # Lambdas, local functions and functools.partial cannot be imported again.
-    path = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '<unnamed>')}"
-    if "<" in path:
+    if not importable(function):
         raise ValueError(
             f"distribution: {function!r} has no importable name, so the configuration cannot be "
             "written; use a function at the top level of a module"
         )
-    return path
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _validate(config: OwLoreConfig) -> None:
