@@ -464,7 +464,7 @@ def test_a_step_without_gradients_warns_once(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     tiny_llama(batch(0))
     before = weights(tiny_llama)
-    with pytest.warns(UserWarning, match="no gradient on any active weight"):
+    with pytest.warns(UserWarning, match="no gradient on any active block"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -598,7 +598,8 @@ def test_nonfinite_gradient_at_a_refresh_leaves_it_due(tiny_llama, monkeypatch):
     optimizer.zero_grad()
     name = f"model.layers.{block}.mlp.up_proj.weight"
     assert refreshes.taken() == 14
-    # No basis yet: the whole matrix is skipped, everything else trains.
+    # No basis yet: the whole matrix is skipped, t stays, everything else trains.
+    assert float(optimizer.state[weight]["step"]) == 0
     assert torch.equal(weight, before[name])
     assert name not in changed(tiny_llama, before)
     assert len(changed(tiny_llama, before)) > 14
@@ -830,6 +831,16 @@ def test_state_dict_is_plain_and_keeps_dtypes(tiny_llama):
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, kept["state"][number][key])
+
+
+def test_a_distribution_without_a_name_can_be_saved(tiny_llama):
+    options = {**SMALL, "distribution": lambda scores: scores**2}
+    optimizer = OwLore(copy.deepcopy(tiny_llama), **options)
+    other = OwLore(tiny_llama, **options)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.probabilities == optimizer.probabilities
+    with pytest.raises(ValueError, match="no importable name"):
+        optimizer.config.to_dict()
 
 
 def test_loading_restores_hyper_parameters_as_torch_does(tiny_llama):
