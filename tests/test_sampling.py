@@ -163,6 +163,14 @@ def test_frequencies_over_20000_draws(p, method):
 
 
 @pytest.mark.parametrize("method", ["sequential", "inclusion"])
+def test_every_set_of_blocks_can_come(method):
+    # Systematic sampling without the shuffle would give only two of these twenty sets.
+    p = np.full(6, 1 / 6)
+    drawn = {sampling.draw(p, 3, 0, index, method) for index in range(1000)}
+    assert drawn == set(itertools.combinations(range(6), 3))
+
+
+@pytest.mark.parametrize("method", ["sequential", "inclusion"])
 def test_a_draw_is_a_pure_function_of_seed_and_index(method):
     first = [sampling.draw(STEEP, 3, 5, i, method) for i in range(50)]
     assert first == [sampling.draw(STEEP, 3, 5, i, method) for i in range(50)]
