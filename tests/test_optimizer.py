@@ -444,6 +444,14 @@ def test_a_deep_copy_neither_draws_nor_holds_the_optimizer(tiny_llama):
     assert all(p.requires_grad for p in tiny_llama.parameters())
 
 
+def test_a_shallow_copy_does_not_draw(tiny_llama):
+    optimizer = OwLore(tiny_llama, **SMALL)
+    # It shares the hooks of the original.
+    other = copy.copy(tiny_llama.model)
+    other(batch(0))
+    assert optimizer.active_blocks == ()
+
+
 def test_training_in_eval_mode_warns_and_still_trains(tiny_llama):
     tiny_llama.eval()
     optimizer = OwLore(tiny_llama, **SMALL)
