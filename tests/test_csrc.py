@@ -176,6 +176,73 @@ def test_sq_norm_edges(device: str) -> None:
 
 
 @built
+@pytest.mark.parametrize("device", DEVICES)
+def test_counts_of_many_matrices_and_thresholds(device: str) -> None:
+    # More than one launch holds of either, long runs of rows, and a width that ends inside a strip.
+    torch.manual_seed(0)
+    weights, norms = [], []
+    for i in range(70):
+        shape = (3000, 1048) if i == 40 else (10 + i, 16 * (i % 5))
+        weights.append(torch.randn(shape, device=device).to(DTYPES[i % 3]))
+        norms.append(torch.rand(shape[1], device=device))
+    # A column without activations, and one that no token fired much.
+    norms[40][3], norms[40][4] = 0.0, 1e-30
+    check_counts(weights, norms, [0.0, *(0.25 * q for q in range(1, 20))])
+
+
+@built
+@pytest.mark.gpu
+def test_cuda_ops_never_wait_and_repeat_their_bits() -> None:
+    torch.manual_seed(0)
+    W = [torch.randn(1000, n, device="cuda").bfloat16() for n in (512, 1024, 1032, 7)]
+    norms = [torch.rand(w.shape[1], device="cuda") for w in W]
+    x = torch.randn(4, 999, 1032, device="cuda").bfloat16()
+    mask = torch.rand(4, 999, device="cuda") < 0.5
+    found = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            acc = torch.zeros(1032, device="cuda", dtype=torch.float64)
+            torch.ops.owlore.column_sq_norm_(acc, x, mask)
+            found.append((*torch.ops.owlore.outlier_counts(W, norms, TAUS), acc))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@built
+@pytest.mark.gpu
+def test_cuda_ops_run_on_the_current_stream_and_in_graphs() -> None:
+    W, norm = torch.randn(300, 512, device="cuda").half(), torch.rand(512, device="cuda")
+    acc = torch.zeros(512, device="cuda")
+    torch.ops.owlore.outlier_counts([W], [norm], TAUS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.owlore.column_sq_norm_(acc, W)
+        counts, mean = torch.ops.owlore.outlier_counts([W], [norm], TAUS)
+    acc.zero_()
+    W.mul_(2)
+    graph.replay()
+    expected, expected_mean = torch.ops.owlore.outlier_counts([W], [norm], TAUS)
+    assert torch.equal(counts, expected)
+    assert torch.equal(mean, expected_mean)
+    torch.testing.assert_close(acc.double(), W.double().square().sum(0), rtol=1e-6, atol=0)
+
+
+@built
+@pytest.mark.gpu
+def test_no_score_matrix_in_device_memory() -> None:
+    W = torch.randn(4096, 8192, device="cuda").bfloat16()
+    norm = torch.rand(8192, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.ops.owlore.outlier_counts([W, W.T], [norm, norm[:4096]], TAUS)
+    torch.ops.owlore.column_sq_norm_(norm, W)
+    assert torch.cuda.max_memory_allocated() - before < 16 * 2**20
+
+
+@built
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(0)
     W, norm, x = torch.randn(700, 300), torch.rand(300), torch.randn(5000, 300)
@@ -195,17 +262,29 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 @built
-def test_random_arguments_give_the_right_answer() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_arguments_give_the_right_answer(device: str) -> None:
     rng = random.Random(0)
     torch.manual_seed(0)
     for _ in range(150):
         weights, norms = [], []
         for _ in range(rng.randint(1, 4)):
             shape = (rng.choice([0, 1, 2, 15, 16, 17, 90]), rng.choice([0, 1, 2, 15, 16, 17, 300]))
-            W = torch.randn(shape).to(rng.choice(DTYPES))
+            W = torch.randn(shape, device=device).to(rng.choice(DTYPES))
             weights.append(rng.choice(list(layouts(W).values())))
-            norms.append(torch.rand(shape[1], dtype=rng.choice([torch.float32, torch.float64])))
+            dtype = rng.choice([torch.float32, torch.float64])
+            norms.append(torch.rand(shape[1], dtype=dtype, device=device))
         check_counts(weights, norms, [rng.uniform(0, 6) for _ in range(rng.randint(0, 9))])
+
+
+@built
+@pytest.mark.gpu
+def test_devices_may_not_mix() -> None:
+    W, norm = torch.ones(4, 3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="expected to be on the device"):
+        torch.ops.owlore.outlier_counts([W.cuda()], [norm], [1.0])
+    with pytest.raises(RuntimeError, match="expected to be on the device"):
+        torch.ops.owlore.column_sq_norm_(norm.clone(), W.cuda())
 
 
 W, N, X = torch.ones(4, 3), torch.ones(3), torch.ones(5, 3)
