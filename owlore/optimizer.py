@@ -199,7 +199,15 @@ class OwLore(Optimizer):
 
         Taken when the basis was computed; by parameter name. Waits for the device.
         """
-        return {name: float(value) for name, value in self._energy.items()}
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, value in self._energy.items():
+            by_device.setdefault(value.device, {})[name] = value
+        shares: dict[str, float] = {}
+        for values in by_device.values():
+            # One transfer a device, not one a matrix.
+            numbers = torch.stack(list(values.values())).tolist()
+            shares.update(zip(values, numbers, strict=True))
+        return shares
 
     def nonfinite(self) -> dict[str, int]:
         """Number of steps in which a parameter's non-finite gradients were skipped, by its name.
