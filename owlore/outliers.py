@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import numbers
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -43,14 +43,14 @@ class OutlierScores:
     def save(self, path: str | Path) -> None:
         """Writes JSON, to a temporary file first, so that no half-written file is left."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        # A name that only this process writes; opened plainly, so that the umask decides who reads.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=1)
-                file.write("\n")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -104,24 +104,47 @@ def read_scores(source: Any) -> list[float]:
 
 def _batches(data: Iterable[Any], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and mask [b, t]; sequences of equal length share a batch, so nothing is padded."""
+    if isinstance(data, Mapping | str):
+        raise TypeError(
+            "data: expected sequences of token ids or dicts with input_ids, got one "
+            f"{type(data).__name__}; put it into a list"
+        )
     plain: list[Tensor] = []
     for item in data:
         if isinstance(item, Mapping):
-            ids = item["input_ids"]
-            mask = item.get("attention_mask")
-            yield ids, torch.ones_like(ids).bool() if mask is None else mask.bool()
-        else:
+            yield _padded_batch(item)
+            continue
+        try:
             sequence = torch.as_tensor(item)
-            if sequence.dim() != 1 or sequence.is_floating_point():
-                raise ValueError(
-                    "data: expected sequences of token ids or dicts with input_ids, got "
-                    f"{sequence.dtype} of shape {tuple(sequence.shape)}"
-                )
-            if len(sequence):
-                plain.append(sequence)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"data: expected sequences of token ids or dicts with input_ids, got {item!r}"
+            ) from error
+        if sequence.dim() == 1 and len(sequence) == 0:
+            continue
+        if sequence.dim() != 1 or sequence.is_floating_point():
+            raise ValueError(
+                "data: expected sequences of token ids or dicts with input_ids, got "
+                f"{sequence.dtype} of shape {tuple(sequence.shape)}"
+            )
+        plain.append(sequence)
     for _, same in groupby(sorted(plain, key=len), key=len):
         for ids in torch.stack(list(same)).split(batch_size):
             yield ids, torch.ones_like(ids).bool()
+
+
+def _padded_batch(item: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    if "input_ids" not in item:
+        raise ValueError(f"data: expected dicts with input_ids, got the keys {sorted(item)}")
+    ids = torch.as_tensor(item["input_ids"])
+    mask = item.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    if ids.dim() != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            "data: expected input_ids and attention_mask of one shape [b, t], got "
+            f"{tuple(ids.shape)} and {tuple(mask.shape)}"
+        )
+    return ids, mask.bool()
 
 
 class _ColumnNorms:
@@ -176,7 +199,8 @@ def outlier_scores(
     Args:
         model: A Hugging Face decoder. Runs in eval mode; its training flags are restored.
         data: Sequences of token ids (lists or 1-D tensors, of any lengths), or dicts with
-            `input_ids` [b, t] and optionally `attention_mask`; padding tokens do not count.
+            `input_ids` [b, t] and optionally `attention_mask`; padding tokens do not count. Pad on
+            the right: a model of absolute positions, such as GPT-2, would see others otherwise.
         threshold: Multiple tau of the mean; OWL uses 3 to 7.
         batch_size: Sequences of one forward pass; does not change the result.
         blocks_path: Name of the block list, where the search does not find it.
@@ -186,12 +210,18 @@ def outlier_scores(
 
     Raises:
         ValueError: No data, a threshold that is not positive, or a model without blocks.
+        TypeError: An argument is of the wrong type.
     """
+    if not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold: expected a number above 0, got {threshold!r}")
     if not math.isfinite(threshold) or threshold <= 0:
         raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    if not isinstance(batch_size, numbers.Integral):
+        raise TypeError(f"batch_size: expected a whole number >= 1, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {batch_size!r}")
     layout = blocks.find_layout(model, blocks_path)
+    _log_left_out(layout)
     base = blocks.unwrap(model)
     base = getattr(base, "base_model", base)
     options = {"use_cache": False} if hasattr(base, "config") else {}
@@ -226,6 +256,22 @@ def outlier_scores(
     if tokens == 0:
         raise ValueError("data: expected at least one token of calibration text, got none")
     return _score(layers, watcher.sums, threshold, tokens, _model_name(model))
+
+
+def _log_left_out(layout: blocks.Layout) -> None:
+    """Names the blocks' matrices that are no linear layer, such as stacks of experts."""
+    stacks = [
+        entry.name
+        for entry in layout.entries
+        if entry.role == blocks.OTHER and entry.block is not None and entry.param.dim() >= 2
+    ]
+    if stacks:
+        logger.warning(
+            "%d weights of the blocks belong to no linear layer and are left out of the scores, "
+            "such as %s",
+            len(stacks),
+            stacks[0],
+        )
 
 
 def _model_name(model: nn.Module) -> str:
