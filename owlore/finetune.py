@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -557,6 +557,16 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     if options.tensorboard:
         _add_tensorboard(trainer, out / "tensorboard")
     log_to(trainer)
+
+    # Now, so that options that do not fit the model are refused before anything is written.
+    try:
+        trainer.create_optimizer()
+    except BaseException:
+        # The trainer has made its folder already; what holds something stays.
+        with suppress(OSError):
+            (out / "checkpoints").rmdir()
+            out.rmdir()
+        raise
 
     def measure() -> float | None:
         if held is None:

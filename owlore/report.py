@@ -411,18 +411,20 @@ main{max-width:880px;margin:0 auto;padding:28px 18px 60px}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:34px 0 10px}
 p{margin:8px 0}.soft{color:var(--soft);font-size:.92rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin:20px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0}
 .card{background:#fff;border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.card b{display:block;font-size:1.35rem;line-height:1.3;white-space:nowrap}
+.card b{display:block;font-size:clamp(1.05rem,4.4vw,1.3rem);line-height:1.3;white-space:nowrap}
 .card span{color:var(--soft);font-size:.88rem}
 .note{background:#fff8e6;border-left:4px solid #E69F00;padding:8px 12px;border-radius:4px}
-img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);
- border-radius:10px;padding:6px;margin:10px 0}
+.fig{overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:10px;
+ padding:6px;margin:10px 0}
+.fig img{display:block;width:100%;min-width:560px;height:auto}
 .wide{overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-size:.93rem}
+td:first-child{white-space:nowrap}
 td,th{text-align:left;padding:6px 12px;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:600}
-td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.n{text-align:right;width:1%;white-space:nowrap;font-variant-numeric:tabular-nums}
 .bar{background:var(--blue);height:12px;border-radius:3px;min-width:2px}
 pre{background:#fff;border:1px solid var(--line);border-radius:10px;padding:12px 14px;
  overflow-x:auto;font-size:.86rem;line-height:1.45}
@@ -433,19 +435,19 @@ summary{cursor:pointer;color:var(--blue);margin:8px 0}
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """An HTML table; cells are HTML already."""
 
-    def cell(column: int, text: str) -> str:
-        return f'<td class="n">{text}</td>' if column in numbers else f"<td>{text}</td>"
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = [' class="n"' if i in numbers else "" for i in range(len(cells))]
+        shown = (f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(shown)}</tr>"
 
-    top = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join(
-        "<tr>" + "".join(cell(i, text) for i, text in enumerate(row)) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+    body = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>{body}</table></div>'
 
 
 def _image(path: Path, alt: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+    return f'<div class="fig">{image}</div>'
 
 
 def _page(run: dict[str, Any], folder: Path) -> str:
