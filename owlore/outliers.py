@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ from owlore import blocks, ops
 
 logger = logging.getLogger(__name__)
 
+# Thresholds that every calibration counts, for "auto" and for whoever wants to compare: OWL's 3 to
+# 7, and up to the 13 of the authors' LLaMA-2-7B file.
+THRESHOLDS = (3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 13.0)
+# threshold="auto" aims at this share of a model's blocks; the authors' LLaMA-2-7B probabilities
+# have 18.5 effective blocks of 32.
+_EFFECTIVE_SHARE = 0.6
+
 
 @dataclass(frozen=True)
 class OutlierScores:
@@ -32,6 +40,9 @@ class OutlierScores:
         layers: The same share for each linear layer, against its block's mean, by layer name.
         tokens: Calibration tokens that counted.
         model: Name or path of the model.
+        table: Scores under other thresholds, as pairs of a threshold and its scores [L].
+        weights_hash: Fingerprint of the linear weights (a sample of each one's elements).
+        data_hash: Hash of the calibration tokens.
     """
 
     scores: list[float]
@@ -39,6 +50,9 @@ class OutlierScores:
     layers: dict[str, float]
     tokens: int
     model: str
+    table: list[tuple[float, list[float]]] = field(default_factory=list)
+    weights_hash: str = ""
+    data_hash: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, to a temporary file first, so that no half-written file is left."""
@@ -72,15 +86,22 @@ class OutlierScores:
         if isinstance(content, list):
             content = {"scores": content, "threshold": 0, "layers": {}, "tokens": 0, "model": ""}
         names = {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or not names <= set(content):
-            raise ValueError(f"scores: {path}: expected a list or the keys {sorted(names)}")
+        needed = {
+            entry.name
+            for entry in fields(cls)
+            if entry.default is MISSING and entry.default_factory is MISSING
+        }
+        if not isinstance(content, dict) or not needed <= set(content):
+            raise ValueError(f"scores: {path}: expected a list or the keys {sorted(needed)}")
         scores = content["scores"]
         numeric = isinstance(scores, list) and all(
             isinstance(score, int | float) and not isinstance(score, bool) for score in scores
         )
         if not numeric:
             raise ValueError(f"scores: {path}: 'scores' must be a list of numbers")
-        return cls(**{name: content[name] for name in names})
+        known = {name: content[name] for name in names & set(content)}
+        known["table"] = [(tau, row) for tau, row in content.get("table", [])]
+        return cls(**known)
 
 
 def read_scores(source: Any) -> list[float]:
@@ -151,8 +172,15 @@ class _ColumnNorms:
     """Forward pre-hooks that sum the squared inputs of linear layers."""
 
     def __init__(self) -> None:
-        self.mask = torch.ones(0, dtype=torch.bool)
         self.sums: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self._seen: tuple[Tensor, int] | None = None
+        self._part = torch.empty(0)
+
+    def begin(self, mask: Tensor) -> None:
+        """Announces the next forward pass and the tokens of it that count. [b, t], bool."""
+        self._mask = None if bool(mask.all()) else mask
+        self._seen = None
 
     def watch(self, name: str, layer: nn.Module, features: int) -> RemovableHandle:
         device = layer.weight.device
@@ -161,14 +189,21 @@ class _ColumnNorms:
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            ops.column_sq_norm_(acc, x, self._mask_for(name, x))
+            # Query, key and value, or gate and up, are called with one tensor after each other:
+            # its squares are summed once.
+            seen = self._seen
+            if seen is None or seen[0] is not x or seen[1] != x._version:
+                self._part = torch.zeros(features, dtype=torch.float64, device=x.device)
+                ops.column_sq_norm_(self._part, x, self._mask_for(name, x))
+                self._seen = (x, x._version)
+            acc.add_(self._part.to(acc.device))
 
         return layer.register_forward_pre_hook(hook)
 
     def _mask_for(self, name: str, x: Tensor) -> Tensor | None:
-        if bool(self.mask.all()):
+        if self._mask is None:
             return None
-        mask = self.mask.to(x.device)
+        mask = self._mask.to(x.device)
         # An expert sees the tokens routed to it, in an order of its own.
         routed = ".experts." in name
         if not routed and x.shape[:-1] == mask.shape:
@@ -186,24 +221,28 @@ def outlier_scores(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    threshold: float = 5.0,
+    threshold: float | str = 5.0,
     batch_size: int = 8,
     blocks_path: str | None = None,
+    cache: str | Path | None = None,
 ) -> OutlierScores:
     """Outlier score of each decoder block (OWL, arXiv 2310.05175, equations 1 and 2).
 
     For each linear layer norm_j is the 2-norm of input feature j over all calibration tokens and
     A_ij = |W_ij| * norm_j; a block's score is the share of entries of A, over all its linear layers
-    together, that exceed threshold * mean(A).
+    together, that exceed threshold * mean(A). One pass over the data serves all of THRESHOLDS.
 
     Args:
         model: A Hugging Face decoder. Runs in eval mode; its training flags are restored.
         data: Sequences of token ids (lists or 1-D tensors, of any lengths), or dicts with
             `input_ids` [b, t] and optionally `attention_mask`; padding tokens do not count. Pad on
             the right: a model of absolute positions, such as GPT-2, would see others otherwise.
-        threshold: Multiple tau of the mean; OWL uses 3 to 7.
+        threshold: Multiple tau of the mean; OWL uses 3 to 7. "auto" takes the one of THRESHOLDS
+            under which the effective number of blocks 1 / sum(p^2) is nearest to 0.6 L.
         batch_size: Sequences of one forward pass; does not change the result.
         blocks_path: Name of the block list, where the search does not find it.
+        cache: File that the scores are written to, and read back from if it was made from these
+            weights and this data.
 
     Returns:
         The scores.
@@ -212,50 +251,143 @@ def outlier_scores(
         ValueError: No data, a threshold that is not positive, or a model without blocks.
         TypeError: An argument is of the wrong type.
     """
-    if not isinstance(threshold, numbers.Real):
-        raise TypeError(f"threshold: expected a number above 0, got {threshold!r}")
-    if not math.isfinite(threshold) or threshold <= 0:
-        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    _check_threshold(threshold)
     if not isinstance(batch_size, numbers.Integral):
         raise TypeError(f"batch_size: expected a whole number >= 1, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {batch_size!r}")
     layout = blocks.find_layout(model, blocks_path)
+    batches = list(_batches(data, batch_size))
+    tokens = sum(int(mask.sum()) for _, mask in batches)
+    if tokens == 0:
+        raise ValueError("data: expected at least one token of calibration text, got none")
+    layers = _linear_weights(layout)
+    hashes = (_hash_weights(layers), _hash_data(batches))
+    if cache is not None and Path(cache).is_file():
+        found = OutlierScores.load(cache)
+        if (found.weights_hash, found.data_hash) == hashes:
+            kept = _at_threshold(found, threshold)
+            if kept is not None:
+                return kept
+        logger.info("%s was made from other weights, data or threshold: computed anew", cache)
     _log_left_out(layout)
+    watcher = _ColumnNorms()
+    _calibrate(model, layout, layers, batches, watcher)
+    scores = _score(layers, watcher.sums, threshold, tokens, _model_name(model), hashes)
+    if cache is not None:
+        scores.save(cache)
+    return scores
+
+
+def _check_threshold(threshold: float | str) -> None:
+    if threshold == "auto":
+        return
+    if not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold: expected a number above 0 or 'auto', got {threshold!r}")
+    if not math.isfinite(threshold) or threshold <= 0:
+        raise ValueError(f"threshold: expected a number above 0 or 'auto', got {threshold!r}")
+
+
+def _linear_weights(layout: blocks.Layout) -> list[list[tuple[str, Tensor]]]:
+    """Name and weight [out, in] of each linear layer, block by block."""
+    layers: list[list[tuple[str, Tensor]]] = []
+    for index, block in enumerate(layout.blocks):
+        layers.append([])
+        for name, layer, transposed in blocks.linear_layers(block):
+            full = f"{layout.blocks_path}.{index}.{name}"
+            weight = layer.weight
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                logger.warning("%s is left out of the scores: no float weight", full)
+                continue
+            layers[-1].append((full, weight.detach().mT if transposed else weight.detach()))
+    return layers
+
+
+def _calibrate(
+    model: nn.Module,
+    layout: blocks.Layout,
+    layers: Sequence[Sequence[tuple[str, Tensor]]],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    watcher: _ColumnNorms,
+) -> None:
+    """Runs the batches through the model while the watcher sums squares."""
     base = blocks.unwrap(model)
     base = getattr(base, "base_model", base)
     options = {"use_cache": False} if hasattr(base, "config") else {}
-    watcher = _ColumnNorms()
-    layers: list[list[tuple[str, Tensor]]] = []
     handles = []
     training = [(module, module.training) for module in model.modules()]
-    tokens = 0
     try:
         for index, block in enumerate(layout.blocks):
-            layers.append([])
-            for name, layer, transposed in blocks.linear_layers(block):
+            features = {name: W.shape[1] for name, W in layers[index]}
+            for name, layer, _ in blocks.linear_layers(block):
                 full = f"{layout.blocks_path}.{index}.{name}"
-                weight = layer.weight
-                if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                    logger.warning("%s is left out of the scores: no float weight", full)
-                    continue
-                W = weight.detach().mT if transposed else weight.detach()
-                layers[-1].append((full, W))
-                handles.append(watcher.watch(full, layer, W.shape[1]))
+                if full in features:
+                    handles.append(watcher.watch(full, layer, features[full]))
         model.eval()
         device = next(base.parameters()).device
-        for ids, mask in _batches(data, batch_size):
-            watcher.mask = mask
-            tokens += int(mask.sum())
+        for ids, mask in batches:
+            watcher.begin(mask)
             base(input_ids=ids.to(device), attention_mask=mask.to(device).long(), **options)
     finally:
         for handle in handles:
             handle.remove()
         for module, flag in training:
             module.training = flag
-    if tokens == 0:
-        raise ValueError("data: expected at least one token of calibration text, got none")
-    return _score(layers, watcher.sums, threshold, tokens, _model_name(model))
+
+
+def choose_threshold(table: Sequence[tuple[float, Sequence[float]]]) -> float:
+    """The threshold whose distribution is neither flat nor degenerate.
+
+    With p = D / sum(D), 1 / sum(p^2) counts the blocks that share the draws; the threshold is taken
+    that brings it nearest to 0.6 L, the lower one of two that are equally near.
+
+    Args:
+        table: Thresholds and the scores [L] under each.
+
+    Returns:
+        One of the thresholds.
+
+    Raises:
+        ValueError: Under every threshold all scores are zero.
+    """
+    distances = []
+    for tau, scores in table:
+        total = sum(scores)
+        if total > 0:
+            effective = 1 / sum((score / total) ** 2 for score in scores)
+            distances.append((abs(effective - _EFFECTIVE_SHARE * len(scores)), tau))
+    if not distances:
+        raise ValueError("threshold: no entry of any block lies above any of the thresholds")
+    return min(distances)[1]
+
+
+def _at_threshold(found: OutlierScores, threshold: float | str) -> OutlierScores | None:
+    """Cached scores if they are those of the threshold, else None."""
+    wanted = choose_threshold(found.table) if threshold == "auto" and found.table else threshold
+    return found if found.threshold == wanted else None
+
+
+def _hash_weights(layers: Sequence[Sequence[tuple[str, Tensor]]]) -> str:
+    """Fingerprint of the weights: names, shapes, and about 1,000 elements spread over each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, W in (layer for block in layers for layer in block):
+        rows, columns = (max(1, size // 32) for size in W.shape)
+        sample = W[::rows, ::columns].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(W.shape)} ".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_data(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """Hash of the tokens that count, sequence by sequence, whatever their order and batches."""
+    sequences = []
+    for ids, mask in batches:
+        for row, keep in zip(ids.cpu(), mask.cpu(), strict=True):
+            sequences.append(row[keep].to(torch.int64).numpy().tobytes())
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in sorted(sequences):
+        digest.update(hashlib.blake2b(sequence, digest_size=16).digest())
+    return digest.hexdigest()
 
 
 def _log_left_out(layout: blocks.Layout) -> None:
@@ -281,18 +413,33 @@ def _model_name(model: nn.Module) -> str:
 def _score(
     layers: Sequence[Sequence[tuple[str, Tensor]]],
     sums: Mapping[str, Tensor],
-    threshold: float,
+    threshold: float | str,
     tokens: int,
     model: str,
+    hashes: tuple[str, str],
 ) -> OutlierScores:
-    scores: list[float] = []
-    shares: dict[str, float] = {}
+    taus = list(THRESHOLDS)
+    if threshold != "auto" and threshold not in taus:
+        taus.append(float(threshold))
+    # One row of counts for each layer of each block, moved to the host once all are queued.
+    counted = []
     for block in layers:
-        weights = [W for _, W in block]
         norms = [sums[name].sqrt() for name, _ in block]
-        counts, _ = ops.outlier_counts(weights, norms, [threshold])
-        found = counts[:, 0].tolist()
-        scores.append(sum(found) / sum(W.numel() for W in weights))
-        for (name, W), count in zip(block, found, strict=True):
-            shares[name] = count / W.numel()
-    return OutlierScores(scores, threshold, shares, tokens, model)
+        counted.append(ops.outlier_counts([W for _, W in block], norms, taus)[0])
+    counts = [block.tolist() for block in counted]
+    sizes = [sum(W.numel() for _, W in block) for block in layers]
+    table = [
+        (
+            tau,
+            [sum(row[q] for row in rows) / size for rows, size in zip(counts, sizes, strict=True)],
+        )
+        for q, tau in enumerate(taus)
+    ]
+    chosen = choose_threshold(table) if threshold == "auto" else float(threshold)
+    q = taus.index(chosen)
+    shares = {
+        name: row[q] / W.numel()
+        for block, rows in zip(layers, counts, strict=True)
+        for (name, W), row in zip(block, rows, strict=True)
+    }
+    return OutlierScores(table[q][1], chosen, shares, tokens, model, sorted(table), *hashes)

@@ -310,6 +310,9 @@ def test_routed_experts_refuse_padding_instead_of_counting_it():
     assert len(found.layers) == 4
     with pytest.raises(ValueError, match=r"data: layers\.0\.experts\.0 gets .*padding"):
         outlier_scores(model, padded([[2, 4, 6], [3, 5]], "right", 0), threshold=1.0)
+    # Even where one expert gets every token, so that the number of them fits the mask.
+    with pytest.raises(ValueError, match=r"data: layers\.0\.experts\.0 gets .*padding"):
+        outlier_scores(model, padded([[2, 4, 6], [8, 4]], "right", 0), threshold=1.0)
 
 
 # What must be as it was.
@@ -398,13 +401,15 @@ def test_bad_data_is_refused(data, error, message):
 
 @pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), float("inf")])
 def test_a_threshold_is_above_zero(threshold):
-    with pytest.raises(ValueError, match=f"threshold: expected a number above 0, got {threshold}"):
+    with pytest.raises(
+        ValueError, match=f"threshold: expected a number above 0 or 'auto', got {threshold}"
+    ):
         outlier_scores(tiny_models.build("llama"), [[1, 2]], threshold=threshold)
 
 
 def test_arguments_of_a_wrong_type_are_refused():
     model = tiny_models.build("llama")
-    with pytest.raises(TypeError, match="threshold: expected a number above 0, got '5'"):
+    with pytest.raises(TypeError, match="threshold: expected a number above 0 or 'auto', got '5'"):
         outlier_scores(model, [[1, 2]], threshold="5")
     with pytest.raises(TypeError, match=r"batch_size: expected a whole number .* 1\.5"):
         outlier_scores(model, [[1, 2]], batch_size=1.5)
@@ -496,3 +501,114 @@ def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
         OutlierScores.load(tmp_path / "scores.json")
     with pytest.raises(ValueError, match=r"scores: cannot read .*directory"):
         OutlierScores.load(tmp_path)
+
+
+# One pass for all thresholds, shared inputs, the automatic threshold, the cache.
+
+
+def test_layers_that_share_an_input_are_summed_once(tiny_llama, monkeypatch):
+    calls: list[int] = []
+    original = owlore.outliers.ops.column_sq_norm_
+
+    def counted(acc, x, mask=None):
+        calls.append(x.shape[-1])
+        original(acc, x, mask)
+
+    monkeypatch.setattr(owlore.outliers.ops, "column_sq_norm_", counted)
+    outlier_scores(tiny_llama, [list(range(10))])
+    # Of seven layers of a block q, k, v share an input, and so do gate and up.
+    assert len(calls) == 4 * 4
+
+
+def test_an_input_that_changed_in_place_is_summed_again():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.first(x)
+            x.mul_(10)
+            return first + self.second(x)
+
+    layer = Attention()
+    watcher = owlore.outliers._ColumnNorms()
+    watcher.begin(torch.ones(1, 4, dtype=torch.bool))
+    watcher.watch("first", layer.first, 3)
+    watcher.watch("second", layer.second, 3)
+    x = torch.randn(1, 4, 3)
+    want = x.double().square().sum(dim=(0, 1))
+    with torch.no_grad():
+        layer(x)
+    torch.testing.assert_close(watcher.sums["first"], want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(watcher.sums["second"], 100 * want, rtol=1e-6, atol=0)
+
+
+def test_the_table_holds_every_threshold(tiny_llama):
+    sequences = random_sequences()
+    found = outlier_scores(tiny_llama, sequences, threshold=4.5)
+    assert [tau for tau, _ in found.table] == sorted([*owlore.outliers.THRESHOLDS, 4.5])
+    assert dict(found.table)[4.5] == found.scores
+    for tau in (3.0, 13.0):
+        assert dict(found.table)[tau] == outlier_scores(tiny_llama, sequences, threshold=tau).scores
+
+
+def test_auto_threshold_is_neither_flat_nor_degenerate():
+    flat, wanted, steep = (
+        [1.0] * 10,
+        [3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1],
+        [1.0] + [0.0] * 9,
+    )
+    # Effective blocks: 10, 5.4 and 1; 0.6 L is 6.
+    table = [(3.0, flat), (5.0, wanted), (7.0, steep), (8.0, [0.0] * 10)]
+    assert owlore.outliers.choose_threshold(table) == 5.0
+    assert owlore.outliers.choose_threshold([(4.0, flat), (3.0, flat)]) == 3.0
+    with pytest.raises(ValueError, match="no entry of any block"):
+        owlore.outliers.choose_threshold([(3.0, [0.0, 0.0])])
+
+
+def test_auto_scores_are_those_of_the_chosen_threshold(llama):
+    found = outlier_scores(llama, story_sequences(), threshold="auto")
+    assert found.threshold == owlore.outliers.choose_threshold(found.table)
+    assert found.scores == dict(found.table)[found.threshold]
+    direct = outlier_scores(llama, story_sequences(), threshold=found.threshold)
+    assert direct == found
+
+
+def test_cached_scores_are_read_only_where_they_match(tiny_llama, tmp_path, monkeypatch):
+    runs: list[int] = []
+    original = owlore.outliers._calibrate
+
+    def counted(*args):
+        runs.append(1)
+        original(*args)
+
+    monkeypatch.setattr(owlore.outliers, "_calibrate", counted)
+    file = tmp_path / "scores.json"
+    sequences = random_sequences()
+
+    def score(**options) -> OutlierScores:
+        return outlier_scores(tiny_llama, options.pop("data", sequences), cache=file, **options)
+
+    first = score()
+    assert score() == first
+    # Neither order nor batches change the scores.
+    assert score(data=sequences[::-1], batch_size=1) == first
+    assert len(runs) == 1
+    score(threshold=7.0)
+    assert len(runs) == 2
+    score(data=[*sequences, [1, 2, 3]])
+    assert len(runs) == 3
+    score()
+    assert len(runs) == 4
+    with torch.no_grad():
+        tiny_llama.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    score()
+    assert len(runs) == 5
+    score(threshold="auto")
+    before = len(runs)
+    score(threshold="auto")
+    assert len(runs) == before
+    file.write_text("[0.1, 0.2, 0.3, 0.4]")
+    score()
+    assert len(runs) == before + 1
