@@ -12,3 +12,5 @@ ORTHONORMAL_FLOAT32 = 1e-5
 # Entries of |W| * norm this close (relatively) to the outlier threshold may fall on either side: the
 # float32 activations behind the norm depend on the shape of the batch.
 OUTLIER_NEAR = 2e-6
+# A few training steps in float32, the same operations in another grouping.
+TRAINING_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
