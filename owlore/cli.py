@@ -281,6 +281,7 @@ def _outliers(arguments: Sequence[str]) -> int:
         loaded, data, values["rows"], values["threshold"], values["batch_size"]
     )
     scores.save(out)
+    report.open_up(out)
     p = sampling.probabilities("outlier", len(scores.scores), scores.scores)
     print("block   score (%)   probability (%)")
     for block, (score, share) in enumerate(zip(scores.scores, p, strict=True)):

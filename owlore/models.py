@@ -147,7 +147,6 @@ def _convert(path: Path, name: str, folder: Path) -> None:
     with torch.device("meta"):
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
     model.generation_config = loaded.generation_config
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

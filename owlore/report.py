@@ -233,12 +233,14 @@ def plot_loss(
         training: Dicts with "step" and "loss".
         held_out: Dicts with "step" and "loss"; may be empty.
     """
+    from matplotlib.patheffects import withStroke
+
     figure, (ax,) = _figure(1, 3.6)
     if training:
         steps = np.array([entry["step"] for entry in training])
         loss = np.array([entry["loss"] for entry in training])
         ax.plot(steps, loss, color=BLUE, alpha=0.35, linewidth=1, label="training, each step")
-        window = max(1, len(loss) // 15)
+        window = max(1, len(loss) // 10)
         if window > 1:
             # A mean over the steps so far at both ends keeps the line on the data.
             kernel = np.ones(window)
@@ -255,6 +257,7 @@ def plot_loss(
             ax.annotate(
                 f"{y[i]:.3f}", (x[i], y[i]), xytext=(6 if i == 0 else -6, 8), ha=side,
                 textcoords="offset points", color=RED, fontsize=11, fontweight="bold",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
             )  # fmt: skip
     ax.set_xlabel("optimizer step", fontsize=11)
     ax.set_ylabel("loss (nats per token)", fontsize=11)

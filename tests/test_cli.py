@@ -172,7 +172,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert not (halves / "model").exists()
     # The state of the interrupted run can be looked at.
     assert main(["report", str(halves)]) == 0
+    capsys.readouterr()
     assert main(["train", "--resume", "--out", str(halves)]) == 0
+    assert f"from checkpoint-{stop}\n" in capsys.readouterr().out
     first, second = weights(whole / "model"), weights(halves / "model")
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -183,7 +185,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 
 
 def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
-    words: list[str], tmp_path: Path
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     assert main([*words, "--save-every", "3", "--keep-checkpoints"]) == 0
@@ -199,6 +201,7 @@ def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
     run = read(out)
     (out / "run.json").write_text(json.dumps({**run, "status": "running"}))
     assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert "from checkpoint-3\n" in capsys.readouterr().out
     assert read(out)["loss"] == run["loss"]
     found = weights(out / "model")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -286,6 +289,7 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "unknown command 'trian'; did you mean train?"),
         (["train", "--raank", "3"], "unknown option --raank; did you mean --rank?"),
+        (["train", "--embed", "full"], "unknown option --embed; did you mean --embeddings?"),
         (["train", "m", "extra"], "unexpected argument 'extra'"),
         (["train", "--rank"], "--rank: expected one argument"),
         (["train"], "MODEL is missing"),
