@@ -361,7 +361,10 @@ def test_blocks_and_energy_arrive_in_tensorboard(tmp_path, monkeypatch):
     }
 
     def series(tag: str) -> dict[int, float]:
-        return {event.step: event.value for event in board.Scalars(tag)}
+        events = {event.step: event.value for event in board.Scalars(tag)}
+        # Once for each step: an evaluation's log is not one of a training step.
+        assert len(events) == len(board.Scalars(tag))
+        return events
 
     for block in range(3):
         drawn = {step + 1: float(block in optimizer._draw(step // 2)) for step in range(6)}
