@@ -26,7 +26,10 @@ class UsageError(Exception):
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    # An abbreviation means what begins with it, however long that is.
+    near = [k for k in known if k.startswith(name)] if len(name) > 2 else []
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

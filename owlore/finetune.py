@@ -580,7 +580,13 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     lap("held-out loss before")
     run: dict[str, Any] = {
         "status": "running",
-        "model": {**asdict(source), "note": source.note},
+        # Not its location: that is a path on this machine.
+        "model": {
+            "name": source.name,
+            "license": source.license,
+            "quantised": source.quantised,
+            "note": source.note,
+        },
         "options": asdict(options),
         "config": config.to_dict(),
         "data": data_account,

@@ -22,7 +22,6 @@ def a_run(**changes: Any) -> dict[str, Any]:
         "status": "finished",
         "model": {
             "name": "org/base",
-            "location": "org/base",
             "license": "apache-2.0",
             "quantised": "Q4_1 (210)",
             "note": "dequantised from 4 bit",
