@@ -73,7 +73,7 @@ def rounding_bits(
     words = philox(seed, row, group, step, torch.full_like(step, stream))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     bits = torch.stack([h.expand(rows, group.shape[1]) for h in halves], dim=-1)  # [rows, n/8, 8]
-    return bits.reshape(rows, -1)[:, :columns].to(torch.int32)
+    return bits.reshape(rows, 8 * group.shape[1])[:, :columns].to(torch.int32)
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
