@@ -12,7 +12,9 @@ namespace owlore {
 // The stream that PyTorch is using on this device.
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  // The stable headers' own check of an error code has another name in torch 2.11 than in 2.13.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0,
+                  "no current CUDA stream on device ", device_index);
   return static_cast<cudaStream_t>(stream);
 }
 
