@@ -162,6 +162,26 @@ def test_accumulation_clipping_and_schedule_equal_a_plain_loop(tmp_path, accumul
     assert set(seen[0]) == {"blocks", "block_norms", "embeddings", "head", "norm"}
 
 
+def test_warmup_reaches_the_weights(tmp_path):
+    model = tiny_models.build("llama").double()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[dict[str, Tensor]] = [start]
+
+    def keep(optimizer: OwLore) -> None:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_steps": 3}
+    train(build(tmp_path, model, {"blocks": "all"}, [EachStep(keep)], **warmup))
+    # The rates are 0, lr / 2 and lr, and AdamW's first steps move an element by the rate at most.
+    for name, value in start.items():
+        assert torch.equal(seen[1][name], value), name
+        moved = (seen[2][name] - value).abs().max() / OPTIONS["lr"]
+        assert moved > 0, name
+        if "proj" not in name:
+            assert moved < 0.51, name
+            assert (seen[3][name] - seen[2][name]).abs().max() / OPTIONS["lr"] > 0.6, name
+
+
 def test_an_unknown_option_is_refused_by_name(tmp_path):
     trainer = build(tmp_path, tiny_models.build("llama"), {"interva": 3})
     with pytest.raises(TypeError, match="unknown option 'interva': did you mean 'interval'"):
