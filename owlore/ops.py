@@ -7,6 +7,8 @@ override single devices. `backends()` says which implementation a call would rea
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,22 +25,24 @@ _ADAM_TENSORS = (
 )
 _ADAM_SCALARS = "float beta1, float beta2, float eps, float weight_decay, "
 _SCHEMAS = {
-    "lowrank_adam_": f"({_ADAM_TENSORS.format(bases='Tensor[] bases, ')}, *, str side, "
-    f"{_ADAM_SCALARS}float scale, bool stochastic, int seed, int[] streams) -> ()",
+    "lowrank_adam_": f"({_ADAM_TENSORS.format(bases='Tensor[] bases, ')}, *, str[] sides, "
+    f"{_ADAM_SCALARS}float scale, bool stochastic, int seed, int[] streams, "
+    "bool projected=False) -> ()",
     "adamw_": f"({_ADAM_TENSORS.format(bases='')}, *, "
     f"{_ADAM_SCALARS}bool stochastic, int seed, int[] streams) -> ()",
     "column_sq_norm_": "(Tensor(a!) acc, Tensor x, Tensor? mask=None) -> ()",
     "outlier_counts": "(Tensor[] weights, Tensor[] norms, float[] thresholds) -> (Tensor, Tensor)",
 }
 _IN_EXTENSION = ("column_sq_norm_", "outlier_counts")
+_IN_TRITON = ("lowrank_adam_", "adamw_")
 
 
 def _define() -> None:
     for name, schema in _SCHEMAS.items():
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        if name not in _IN_EXTENSION:
-            _LIBRARY.impl(name, _slow_on_cuda(name), "CUDA")
+        if name in _IN_TRITON:
+            _LIBRARY.impl(name, _kernel_or_reference(name), "CUDA")
 
 
 @functools.cache
@@ -47,6 +51,31 @@ def _load_extension() -> None:
     if not _extension.status()["cuda"]:
         for name in _IN_EXTENSION:
             _LIBRARY.impl(name, _slow_on_cuda(name), "CUDA")
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., bool] | ImportError:
+    """The launcher of an op's Triton kernel, imported at its first use, or why there is none."""
+    stem = name.rstrip("_")
+    try:
+        module = importlib.import_module(f"owlore.kernels.{stem}")
+    except ImportError as error:
+        return error
+    launch: Callable[..., bool] = getattr(module, f"launch_{stem}")
+    return launch
+
+
+def _kernel_or_reference(name: str) -> Callable[..., Any]:
+    definition = getattr(reference, name)
+
+    @functools.wraps(definition)
+    def call(*args: Any, **options: Any) -> Any:
+        launch = _kernel(name)
+        if isinstance(launch, ImportError) or not launch(*args, **options):
+            _warn_slow(name)
+            return definition(*args, **options)
+
+    return call
 
 
 def _slow_on_cuda(name: str) -> Callable[..., Any]:
@@ -100,6 +129,10 @@ def backends() -> list[dict[str, str]]:
     for op in _SCHEMAS:
         for device in ("cpu", "cuda"):
             backend, reason = "reference", "the PyTorch definition; no kernel is written for it"
+            if op in _IN_TRITON and device == "cuda":
+                reason = "Triton is not installed"
+                if importlib.util.find_spec("triton") is not None:
+                    backend, reason = "Triton", "float64 and unusual strides reach the reference"
             if op in _IN_EXTENSION:
                 reason = f"extension not in use: {extension['reason']}"
                 if extension["available"] and (device == "cpu" or extension["cuda"]):
@@ -126,10 +159,16 @@ def _check_adam(
         _expect(len(values) == len(params), name, f"{len(params)} entries", len(values))
     _expect(lr.dim() == 0, "lr", "a tensor of no dimension", tuple(lr.shape))
     _expect(nonfinite.shape == (len(params),), "nonfinite", f"[{len(params)}]", nonfinite.shape)
-    for i, W in enumerate(params):
-        G = tensors["grads"][i]
-        _expect(G.shape == W.shape, f"grads[{i}]", f"shape {tuple(W.shape)}", tuple(G.shape))
-        _expect(G.device == W.device, f"grads[{i}]", f"device {W.device}", G.device)
+    for i, (W, G) in enumerate(zip(params, tensors["grads"], strict=True)):
+        # Composing a message costs more than the check, so that comes second here and below.
+        if G.device != W.device:
+            _expect(False, f"grads[{i}]", f"device {W.device}", G.device)
+
+
+def _check_shapes(name: str, values: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
+        if value.shape != shape:
+            _expect(False, f"{name}[{i}]", f"shape {tuple(shape)}", tuple(value.shape))
 
 
 def lowrank_adam_(
@@ -143,7 +182,7 @@ def lowrank_adam_(
     nonfinite: Tensor,
     rng_step: Tensor,
     *,
-    side: str,
+    sides: Sequence[str],
     beta1: float,
     beta2: float,
     eps: float,
@@ -152,13 +191,13 @@ def lowrank_adam_(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    projected: bool = False,
 ) -> None:
     """AdamW inside a low-rank subspace; see `owlore.reference.lowrank_adam_`.
 
     Raises:
-        ValueError: Shapes, devices, counts or side do not fit together.
+        ValueError: Shapes, devices, counts or sides do not fit together.
     """
-    _expect(side in ("left", "right"), "side", "'left' or 'right'", repr(side))
     lists = {
         "grads": grads,
         "bases": bases,
@@ -167,15 +206,23 @@ def lowrank_adam_(
         "steps": steps,
     }
     _check_adam(params, lists, lr, nonfinite, streams)
-    for i, (W, P) in enumerate(zip(params, bases, strict=True)):
+    _expect(len(sides) == len(params), "sides", f"{len(params)} entries", len(sides))
+    moments = []
+    for i, (W, P, side) in enumerate(zip(params, bases, sides, strict=True)):
         m, n = W.shape
-        r = P.shape[1]
-        rows = m if side == "left" else n
-        _expect(P.shape[0] == rows, f"bases[{i}]", f"{rows} rows for {side}", tuple(P.shape))
-        moment = (r, n) if side == "left" else (m, r)
-        for name, values in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-            shape = tuple(values[i].shape)
-            _expect(shape == moment, f"{name}[{i}]", f"shape {moment}", shape)
+        rows, r = P.shape
+        if side == "left":
+            expected, moment = m, (r, n)
+        elif side == "right":
+            expected, moment = n, (m, r)
+        else:
+            raise ValueError(f"sides[{i}]: expected 'left' or 'right', got {side!r}")
+        if rows != expected:
+            _expect(False, f"bases[{i}]", f"{expected} rows for {side}", tuple(P.shape))
+        moments.append(moment)
+    _check_shapes("grads", grads, moments if projected else [W.shape for W in params])
+    _check_shapes("exp_avgs", exp_avgs, moments)
+    _check_shapes("exp_avg_sqs", exp_avg_sqs, moments)
     torch.ops.owlore.lowrank_adam_(
         params,
         grads,
@@ -186,7 +233,7 @@ def lowrank_adam_(
         lr,
         nonfinite,
         rng_step,
-        side=side,
+        sides=sides,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -195,6 +242,7 @@ def lowrank_adam_(
         stochastic=stochastic,
         seed=seed,
         streams=streams,
+        projected=projected,
     )
 
 
@@ -223,10 +271,10 @@ def adamw_(
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _check_adam(params, lists, lr, nonfinite, streams)
-    for i, W in enumerate(params):
-        for name, values in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-            shape = tuple(values[i].shape)
-            _expect(shape == W.shape, f"{name}[{i}]", f"shape {tuple(W.shape)}", shape)
+    shapes = [W.shape for W in params]
+    _check_shapes("grads", grads, shapes)
+    _check_shapes("exp_avgs", exp_avgs, shapes)
+    _check_shapes("exp_avg_sqs", exp_avg_sqs, shapes)
     torch.ops.owlore.adamw_(
         params,
         grads,

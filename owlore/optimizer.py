@@ -378,7 +378,7 @@ class OwLore(Optimizer):
             if self._is_active(member):
                 param = member.param
                 decays = param.dim() >= 2
-                key = (member.group["name"], param.device, param.dtype, member.side, decays)
+                key = (member.group["name"], param.device, param.dtype, member.side is None, decays)
                 shared.setdefault(key, []).append(member)
         order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
         buckets = []
@@ -451,7 +451,7 @@ class OwLore(Optimizer):
                 lr,
                 flags,
                 rng_step,
-                side=first.side,
+                sides=[member.side or "" for member in members],
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],

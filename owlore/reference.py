@@ -138,7 +138,7 @@ def lowrank_adam_(
     nonfinite: Tensor,
     rng_step: Tensor,
     *,
-    side: str,
+    sides: Sequence[str],
     beta1: float,
     beta2: float,
     eps: float,
@@ -147,6 +147,7 @@ def lowrank_adam_(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    projected: bool = False,
 ) -> None:
     """AdamW inside a low-rank subspace of each gradient (GaLore, arXiv 2403.03507, algorithm 2).
 
@@ -160,7 +161,7 @@ def lowrank_adam_(
 
     Args:
         params: Weights W, updated in place. [m, n] each, any strides.
-        grads: Gradients G. [m, n] each, any strides.
+        grads: Gradients G, or R where `projected`. [m, n] each, any strides; or the shape of M.
         bases: Orthonormal columns P. [m, r] (left) or [n, r] (right), dtype of W.
         exp_avgs: First moments M, updated in place. [r, n] (left) or [m, r] (right).
         exp_avg_sqs: Second moments V, updated in place. Shape of M.
@@ -168,7 +169,7 @@ def lowrank_adam_(
         lr: Learning rate. [], float32 or float64, on the weights' device.
         nonfinite: Set to 1 for each matrix in which something was skipped. [len(params)], int32.
         rng_step: Optimizer step, keys the random bits. [], int64.
-        side: "left" or "right".
+        sides: "left" or "right" for each matrix.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator after bias correction.
@@ -177,12 +178,13 @@ def lowrank_adam_(
         stochastic: Round bfloat16 weights stochastically (moments in bfloat16 always are).
         seed: 64-bit key of the random bits.
         streams: 32-bit hash of each parameter's name.
+        projected: The gradient comes in the basis already.
     """
-    left = side == "left"
     for i, W in enumerate(params):
+        left = sides[i] == "left"
         dtype = _compute_dtype(W)
         P, G = bases[i].to(dtype), grads[i].to(dtype)
-        R = P.mT @ G if left else G @ P
+        R = G if projected else P.mT @ G if left else G @ P
         keep = torch.isfinite(R * R).all(dim=0 if left else 1, keepdim=True)
         M, V, N = _adam(
             R, exp_avgs[i].to(dtype), exp_avg_sqs[i].to(dtype), steps[i], beta1, beta2, eps

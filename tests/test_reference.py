@@ -23,7 +23,7 @@ def run_lowrank(W, G, P, M, V, t=1.0, lr=0.01, side="left", step=0, **options):
         torch.tensor(lr, dtype=torch.float64),
         flags,
         torch.tensor(step),
-        side=side,
+        sides=[side],
         **{**ADAM, "scale": 1.0, "stochastic": False, "seed": 3, "streams": [9], **options},
     )
     return int(flags)
@@ -272,7 +272,7 @@ def test_bf16_moments_do_not_stall():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"side": "top"}, "side: expected 'left' or 'right', got 'top'"),
+        ({"side": "top"}, "expected 'left' or 'right', got 'top'"),
         ({"P": torch.eye(5)}, r"bases\[0\]: expected 6 rows"),
         ({"M": torch.zeros(2, 2)}, r"exp_avgs\[0\]: expected shape \(6, 8\)"),
         ({"G": torch.zeros(6, 7)}, r"grads\[0\]: expected shape \(6, 8\)"),
