@@ -346,6 +346,21 @@ def test_resuming_gives_the_same_bits(tmp_path, state, accumulation):
         assert_same_bits(found, want, f"from step {step}: ")
 
 
+def test_what_was_offloaded_comes_back_as_it_was(tmp_path):
+    results = {}
+    for state in ("keep", "offload", "reset"):
+        model = tiny_models.build("llama")
+        options = {"state": state, "interval": 1, "on_refresh": "transport"}
+        optimizer = train(build(tmp_path, model, options, max_steps=9))
+        drawn = [blocks for _, blocks in optimizer.draws()]
+        results[state] = dict(model.state_dict())
+    returns = [i for i in range(2, 9) if drawn[i] in drawn[: i - 1] and drawn[i] != drawn[i - 1]]
+    assert len(returns) > 2
+    assert_same_bits(results["offload"], results["keep"])
+    name = f"model.layers.{drawn[returns[0]][0]}.mlp.up_proj.weight"
+    assert not torch.equal(results["reset"][name], results["keep"][name])
+
+
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     train(build(tmp_path, tiny_models.build("llama"), **saves))
