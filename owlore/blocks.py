@@ -148,10 +148,13 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[str, 
     return clean_name(name), blocks
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The LM head, or the heads of a model that classifies (score, classifier, qa_outputs)."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else getattr(model, "lm_head", None)
-    return head if isinstance(head, nn.Module) else None
+    if isinstance(head, nn.Module):
+        return [head]
+    return [child for child in model.children() if isinstance(child, nn.Linear)]
 
 
 def _embedding_modules(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
@@ -199,8 +202,7 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
                 features = weight.shape[0 if transposed else 1]
                 linear[id(weight)] = (transposed, f"{index}.{_parent(name)}", features)
     embeddings = {id(p) for module in _embedding_modules(model, owner) for p in module.parameters()}
-    head = _output_embeddings(model)
-    head_params = {id(p) for p in head.parameters()} if head is not None else set()
+    head_params = {id(p) for head in _heads(model) for p in head.parameters()}
     owned = {id(p) for p in owner.parameters()}
 
     entries = []

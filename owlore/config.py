@@ -265,7 +265,9 @@ def _validate(config: OwLoreConfig) -> None:
     for name in ("lr", "eps", "weight_decay", "scale", "floor"):
         _number(name, getattr(config, name))
     _at_least("lr", config.lr, 0.0)
-    _at_least("eps", config.eps, 0.0)
+    if config.eps <= 0:
+        # With eps = 0 a gradient of zero, as of a token that never came, would give 0 / 0.
+        raise ValueError(f"eps: expected a number above 0, got {config.eps!r}")
     _at_least("weight_decay", config.weight_decay, 0.0)
     if config.dense_lr is not None:
         _number("dense_lr", config.dense_lr)

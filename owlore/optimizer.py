@@ -64,9 +64,19 @@ class _DrawHook:
     the model (an EMA, a reference model) neither copies the optimizer nor drives its draws.
     """
 
-    def __init__(self, optimizer: OwLore | None, module: nn.Module | None) -> None:
+    def __init__(
+        self, optimizer: OwLore | None, module: nn.Module | None, flags: dict[str, bool]
+    ) -> None:
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
         self._module = weakref.ref(module) if module is not None else lambda: None
+        # requires_grad of every parameter before any draw, for the next optimizer of this model or
+        # of a copy: it must not take a draw's freezing for the user's.
+        self.flags = flags
+
+    @property
+    def optimizer(self) -> OwLore | None:
+        """The optimizer, while it lives."""
+        return self._optimizer()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         optimizer = self._optimizer()
@@ -76,10 +86,10 @@ class _DrawHook:
             optimizer._apply_due_draw()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DrawHook:
-        return _DrawHook(None, None)
+        return _DrawHook(None, None, dict(self.flags))
 
-    def __reduce__(self) -> tuple[type[_DrawHook], tuple[None, None]]:
-        return _DrawHook, (None, None)
+    def __reduce__(self) -> tuple[type[_DrawHook], tuple[None, None, dict[str, bool]]]:
+        return _DrawHook, (None, None, self.flags)
 
 
 class OwLore(Optimizer):
@@ -93,7 +103,8 @@ class OwLore(Optimizer):
     The first draw takes effect at the first training forward pass, not at construction, so that
     trainers and wrappers see every parameter before any is frozen. The active blocks are a pure
     function of seed, step and scores. Parameters that already have `requires_grad=False` at
-    construction are left alone for good.
+    construction are left alone for good, and a block without any other weights is never drawn. An
+    optimizer that trained the same model before is detached.
 
     Args:
         model: A Hugging Face decoder, or any module whose blocks stand in one `nn.ModuleList`.
@@ -125,9 +136,15 @@ class OwLore(Optimizer):
         self._scores = None if scores is None else sampling.check_scores(scores, n).tolist()
         norms = blocks.weight_norms(layout) if given.distribution == "weight_norm" else None
         p = sampling.probabilities(given.distribution, n, self._scores, norms, given.floor)
-        sampling.check_drawable(p, self._gamma)
-        self._p = p
-        members = _choose_members(layout, given)
+        earlier = _earlier_hooks(layout.owner)
+        before = {entry.name: entry.param.requires_grad for entry in layout.entries}
+        for hook in earlier.values():
+            before.update(hook.flags)
+        members = _choose_members(layout, given, before)
+        self._p = _without_frozen_blocks(p, members)
+        if given.blocks == "all":
+            self._gamma = int((self._p > 0).sum())
+        sampling.check_drawable(self._p, self._gamma)
         self._sealed = False
         super().__init__(_param_groups(members, given), {"lr": given.lr})
         self._sealed = True
@@ -137,12 +154,8 @@ class OwLore(Optimizer):
                     member.group = group
         self._members = members
         trained = {id(member.param) for member in members}
-        self._frozen = [
-            entry.param
-            for entry in layout.entries
-            if id(entry.param) not in trained and entry.param.requires_grad
-        ]
-        self._original_flags = [(e.param, e.param.requires_grad) for e in layout.entries]
+        self._frozen = [e.param for e in layout.entries if id(e.param) not in trained]
+        self._original_flags = [(e.param, before[e.name]) for e in layout.entries]
         self._steps = 0
         self._drawn = -1
         self._active: tuple[int, ...] = ()
@@ -155,9 +168,21 @@ class OwLore(Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned: set[str] = set()
         self._reported_skips = 0
-        self._hook = layout.owner.register_forward_pre_hook(_DrawHook(self, layout.owner))
+        for key, hook in earlier.items():
+            if hook.optimizer is not None:
+                warnings.warn(
+                    "owlore: this model was trained by another OwLore optimizer, which is detached "
+                    "now",
+                    stacklevel=2,
+                )
+                hook.optimizer.detach()
+            layout.owner._forward_pre_hooks.pop(key, None)
+        for param, flag in self._original_flags:
+            param.requires_grad_(flag)
+        own_hook = _DrawHook(self, layout.owner, before)
+        self._hook = layout.owner.register_forward_pre_hook(own_hook)
         for line in self.describe():
-            logger.info(line)
+            logger.log(logging.WARNING if "not trained" in line else logging.INFO, line)
 
     # What the user reads.
 
@@ -246,8 +271,8 @@ class OwLore(Optimizer):
     # The draw clock.
 
     def _draw(self, index: int) -> tuple[int, ...]:
-        if self._gamma == len(self._p):
-            return tuple(range(self._gamma))
+        if self._gamma == int((self._p > 0).sum()):
+            return tuple(int(block) for block in np.flatnonzero(self._p))
         return sampling.draw(self._p, self._gamma, self.config.seed, index, self.config.draw)
 
     def _is_active(self, member: _Member) -> bool:
@@ -714,7 +739,30 @@ def _bound_options(config: OwLoreConfig) -> dict[str, Any]:
     return {name: plain[name] for name in plain if name not in _FREE_OPTIONS}
 
 
-def _choose_members(layout: blocks.Layout, config: OwLoreConfig) -> list[_Member]:
+def _earlier_hooks(owner: nn.Module) -> dict[int, _DrawHook]:
+    """Hooks that earlier optimizers of this model, or of the model it is a copy of, left on it."""
+    hooks = owner._forward_pre_hooks.items()
+    return {key: hook for key, hook in hooks if isinstance(hook, _DrawHook)}
+
+
+def _without_frozen_blocks(p: np.ndarray, members: list[_Member]) -> np.ndarray:
+    """Probabilities over the blocks that have a weight to train."""
+    trains = np.zeros(len(p), dtype=bool)
+    for member in members:
+        if member.entry.role == blocks.BLOCKS:
+            trains[member.entry.block] = True
+    left = np.where(trains, p, 0.0)
+    if left.sum() == 0:
+        raise ValueError(
+            "scores: every block with a probability above 0 has requires_grad=False in all of its "
+            "linear weights"
+        )
+    return left / left.sum() if not trains.all() else p
+
+
+def _choose_members(
+    layout: blocks.Layout, config: OwLoreConfig, trainable: dict[str, bool]
+) -> list[_Member]:
     """The parameters that train, in the model's order, each with side and rank."""
     if layout.tied:
         if config.embeddings != config.head:
@@ -740,7 +788,7 @@ def _choose_members(layout: blocks.Layout, config: OwLoreConfig) -> list[_Member
     members = []
     for entry in layout.entries:
         choice = policy[entry.role]
-        if choice == "freeze" or not entry.param.requires_grad:
+        if choice == "freeze" or not trainable[entry.name]:
             continue
         if choice == "lowrank" and entry.param.dim() == 2:
             if config.rank is None:
@@ -784,7 +832,8 @@ def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str
     groups = []
     for role in blocks.ROLES:
         params = [(m.entry.name, m.param) for m in members if m.entry.role == role]
-        dense = role != blocks.BLOCKS and config.dense_lr is not None
+        lowrank = any(m.side is not None for m in members if m.entry.role == role)
+        dense = role != blocks.BLOCKS and not lowrank and config.dense_lr is not None
         if params:
             groups.append(
                 {
@@ -866,6 +915,11 @@ def _describe(
         if frozen and role in (blocks.OTHER, blocks.BLOCKS):
             kinds = sorted({_pattern(entry.name) for entry in frozen})
             lines.append(f"{role}: not trained: {', '.join(kinds)}")
+    trained = {m.entry.block for m in members if m.entry.role == blocks.BLOCKS}
+    idle = sorted(set(range(len(layout.blocks))) - trained)
+    if idle:
+        numbers = ", ".join(map(str, idle))
+        lines.append(f"not trained, and never drawn: blocks {numbers}, whose weights are frozen")
     clamped: dict[str, int] = {}
     for member in members:
         if config.rank is not None and member.side is not None and member.rank < config.rank:

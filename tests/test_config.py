@@ -65,7 +65,7 @@ CHOICES = {
     "rounding": ("stochastic", "nearest"),
 }
 NUMBERS = ("lr", "eps", "weight_decay", "scale", "floor", "dense_lr")
-NOT_NEGATIVE = ("lr", "eps", "weight_decay", "dense_lr")
+NOT_NEGATIVE = ("lr", "weight_decay", "dense_lr")
 WHOLE = {
     "blocks": 1,
     "rank": 1,
@@ -494,3 +494,10 @@ def test_a_distribution_that_is_no_function_is_refused(value, message):
 def test_a_distribution_is_a_name_or_a_function(value):
     with pytest.raises(TypeError, match=r"^distribution: expected a name or a function, got"):
         OwLoreConfig(distribution=value)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-8])
+def test_eps_is_above_zero(eps):
+    # A token that never came has a gradient of zero, and 0 / (0 + 0) would reach its embedding.
+    with pytest.raises(ValueError, match="eps: expected a number above 0"):
+        OwLoreConfig(eps=eps)

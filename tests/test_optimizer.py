@@ -337,6 +337,15 @@ def test_a_rank_above_the_smaller_side_is_clamped_and_named(tiny_llama):
     assert optimizer.state[k_proj]["basis"].shape == (16, 16)
 
 
+def test_dense_lr_is_for_what_trains_densely(tiny_llama):
+    optimizer = OwLore(tiny_llama, **SMALL, dense_lr=1e-5, head="lowrank", moments="bf16")
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["head"] == 3e-4
+    assert rates["embeddings"] == 1e-5
+    train_step(tiny_llama, optimizer, 0)
+    assert optimizer.state[tiny_llama.lm_head.weight]["exp_avg"].dtype == torch.bfloat16
+
+
 def test_dense_lr_and_moment_dtypes(tiny_llama):
     model = tiny_llama.bfloat16()
     optimizer = OwLore(model, **SMALL, dense_lr=1e-5)
@@ -497,6 +506,81 @@ def test_detach_restores_the_model(tiny_llama):
     train_step(tiny_llama, OwLore(tiny_llama, **SMALL), 0)
 
 
+def trained_count(optimizer: OwLore) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("how", ["alive", "gone", "copy", "pickle"])
+def test_a_later_optimizer_does_not_take_a_draw_for_the_users_freezing(tiny_llama, how):
+    tiny_llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    first = OwLore(tiny_llama, **SMALL)
+    every = trained_count(first)
+    train_step(tiny_llama, first, 0)
+    model = tiny_llama
+    if how == "copy":
+        model = copy.deepcopy(tiny_llama)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(tiny_llama))
+    if how == "alive":
+        with pytest.warns(UserWarning, match="detached"):
+            second = OwLore(model, **SMALL)
+        with pytest.raises(RuntimeError, match="detached"):
+            first.step()
+    else:
+        if how == "gone":
+            del first
+            gc.collect()
+        second = OwLore(model, **SMALL)
+    assert trained_count(second) == every
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert len(model.model._forward_pre_hooks) == 1
+    before = weights(model)
+    for step in range(4):
+        train_step(model, second, step)
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert any(".layers." in name for name in changed(model, before))
+
+
+def test_a_failed_construction_leaves_the_earlier_optimizer_alone(tiny_llama):
+    first = OwLore(tiny_llama, **SMALL)
+    train_step(tiny_llama, first, 0)
+    with pytest.raises(ValueError, match="blocks: expected at most"):
+        OwLore(tiny_llama, **{**SMALL, "blocks": 9})
+    before = weights(tiny_llama)
+    train_step(tiny_llama, first, 1)
+    assert changed(tiny_llama, before)
+
+
+def test_a_block_frozen_by_its_user_is_never_drawn(tiny_llama):
+    tiny_llama.model.layers[1].requires_grad_(False)
+    optimizer = OwLore(tiny_llama, **{**SMALL, "interval": 1})
+    np.testing.assert_allclose(optimizer.probabilities, np.array([1, 0, 2, 3]) / 6)
+    assert any("blocks 1, whose weights are frozen" in line for line in optimizer.describe())
+    for step in range(6):
+        train_step(tiny_llama, optimizer, step)
+        assert 1 not in optimizer.active_blocks
+    optimizer.detach()
+    everything = OwLore(tiny_llama, blocks="all", distribution="uniform", rank=4)
+    train_step(tiny_llama, everything, 0)
+    assert everything.active_blocks == (0, 2, 3)
+    everything.detach()
+    with pytest.raises(ValueError, match="at most 3"):
+        OwLore(tiny_llama, **{**SMALL, "blocks": 4})
+
+
+def test_the_head_of_a_classifier_trains(tiny_llama):
+    from transformers import LlamaForSequenceClassification
+
+    config = copy.deepcopy(tiny_llama.config)
+    config.num_labels, config.pad_token_id = 3, 0
+    model = LlamaForSequenceClassification(config).train()
+    optimizer = OwLore(model, **SMALL)
+    before = weights(model)
+    model(batch(0), labels=torch.tensor([1, 2])).loss.backward()
+    optimizer.step()
+    assert "score.weight" in changed(model, before)
+
+
 def test_groups_are_complete_from_the_start(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -515,7 +599,7 @@ def test_closure(tiny_llama):
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) > 0
+    assert float(optimizer.step(closure).detach()) > 0
     assert changed(tiny_llama, before)
 
 
