@@ -10,7 +10,8 @@ Arithmetic runs in float32 (float64 for float64 weights); storage keeps its dtyp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 WEIGHT, EXP_AVG, EXP_AVG_SQ = 0, 1, 2
 
 _MASK32 = 0xFFFFFFFF
+# Elements of a piece in elementwise work.
+_PIECE = 2**16
 
 
 def philox(
@@ -48,7 +51,13 @@ def philox(
 
 
 def rounding_bits(
-    rows: int, columns: int, seed: int, stream: int, rng_step: Tensor, which: int
+    rows: int,
+    columns: int,
+    seed: int,
+    stream: int,
+    rng_step: Tensor,
+    which: int,
+    first_row: int = 0,
 ) -> Tensor:
     """16 random bits for each element of a [rows, columns] matrix.
 
@@ -62,12 +71,13 @@ def rounding_bits(
         stream: 32-bit hash of the parameter's name.
         rng_step: Optimizer step. [], int64.
         which: WEIGHT, EXP_AVG or EXP_AVG_SQ.
+        first_row: Row of the whole matrix with which these rows begin.
 
     Returns:
         Values in [0, 2^16). [rows, columns], int32.
     """
     device = rng_step.device
-    row = torch.arange(rows, device=device)[:, None]
+    row = first_row + torch.arange(rows, device=device)[:, None]
     group = torch.arange((columns + 7) // 8, device=device)[None, :]
     step = (rng_step & 0x3FFFFFFF) | (which << 30)
     words = philox(seed, row, group, step, torch.full_like(step, stream))
@@ -100,12 +110,13 @@ def _store_(
     stream: int,
     rng_step: Tensor,
     which: int,
+    first_row: int = 0,
 ) -> None:
     """Writes value where keep is true, converted to the target's dtype."""
     if stochastic and target.dtype == torch.bfloat16:
         columns = target.shape[-1] if target.dim() else 1
         rows = target.numel() // columns if columns else 0
-        bits = rounding_bits(rows, columns, seed, stream, rng_step, which)
+        bits = rounding_bits(rows, columns, seed, stream, rng_step, which, first_row)
         value = stochastic_round(value.float(), bits.view(target.shape))
     target.copy_(torch.where(keep, value.to(target.dtype), target))
 
@@ -239,19 +250,36 @@ def adamw_(
         seed: 64-bit key of the random bits.
         streams: 32-bit hash of each parameter's name.
     """
-    for i, W in enumerate(params):
-        dtype = _compute_dtype(W)
-        G = grads[i].to(dtype)
-        keep = torch.isfinite(G * G)
-        M, V, N = _adam(
-            G, exp_avgs[i].to(dtype), exp_avg_sqs[i].to(dtype), steps[i], beta1, beta2, eps
-        )
-        new = W.to(dtype) * (1 - lr * weight_decay) - lr * N
-        key = (seed, streams[i], rng_step)
-        _store_(W, new, keep, stochastic, *key, WEIGHT)
-        _store_(exp_avgs[i], M, keep, True, *key, EXP_AVG)
-        _store_(exp_avg_sqs[i], V, keep, True, *key, EXP_AVG_SQ)
-        nonfinite[i].copy_(torch.maximum(nonfinite[i], (~keep.all()).to(nonfinite.dtype)))
+    for i, whole in enumerate(params):
+        dtype = _compute_dtype(whole)
+        skipped = nonfinite[i]
+        for first_row, piece in _pieces(whole):
+            W, G = whole[piece], grads[i][piece].to(dtype)
+            exp_avg, exp_avg_sq = exp_avgs[i][piece], exp_avg_sqs[i][piece]
+            keep = torch.isfinite(G * G)
+            moments = (exp_avg.to(dtype), exp_avg_sq.to(dtype))
+            M, V, N = _adam(G, *moments, steps[i], beta1, beta2, eps)
+            new = W.to(dtype) * (1 - lr * weight_decay) - lr * N
+            key = (seed, streams[i], rng_step)
+            _store_(W, new, keep, stochastic, *key, WEIGHT, first_row)
+            _store_(exp_avg, M, keep, True, *key, EXP_AVG, first_row)
+            _store_(exp_avg_sq, V, keep, True, *key, EXP_AVG_SQ, first_row)
+            skipped.copy_(torch.maximum(skipped, (~keep.all()).to(skipped.dtype)))
+
+
+def _pieces(whole: Tensor) -> Iterator[tuple[int, slice | EllipsisType]]:
+    """Index of each of the pieces into which a large tensor is cut, and the row it begins with.
+
+    On a CPU elementwise work on pieces that fit the cache is several times faster.
+    """
+    if whole.device.type != "cpu" or whole.dim() < 2 or whole.numel() <= _PIECE:
+        yield 0, ...
+        return
+    # A row is a line along the last dimension; one index of the first dimension holds several.
+    rows = whole[0].numel() // whole.shape[-1]
+    length = max(1, _PIECE // whole[0].numel())
+    for start in range(0, whole.shape[0], length):
+        yield start * rows, slice(start, start + length)
 
 
 def column_sq_norm_(acc: Tensor, x: Tensor, mask: Tensor | None = None) -> None:

@@ -143,6 +143,22 @@ def test_adamw_equals_torch(dtype, tolerance, shape):
     torch.testing.assert_close(ours, theirs.detach(), **tolerance)
 
 
+@pytest.mark.parametrize("shape", [(70, 9), (5, 6, 9), (9, 70)])
+def test_a_large_tensor_is_stepped_in_pieces_to_the_same_bits(shape, monkeypatch):
+    def run(piece: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(reference, "_PIECE", piece)
+        torch.manual_seed(5)
+        tensors = [torch.randn(shape).bfloat16() for _ in range(2)]
+        tensors += [torch.rand(shape).bfloat16() for _ in range(2)]
+        tensors[1].view(-1)[11] = float("nan")
+        assert run_adamw(*tensors, stochastic=True) == 1
+        return tensors
+
+    for piece in (1, 50, 100):
+        for got, want in zip(run(piece), run(10**9), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (1, 5), (5, 1)])
 def test_identity_basis_equals_adamw(side, shape):
