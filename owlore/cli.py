@@ -254,7 +254,10 @@ def _outliers(arguments: Sequence[str]) -> int:
         "rows": (128, int, "rows used at most"),
         "max_length": (512, int, "tokens kept of a row"),
         "batch_size": (8, int, "rows in a batch"),
-        "threshold": (5.0, float, "an outlier is this many times the block's mean"),
+        "threshold": (5.0, float | str, "an outlier is this many times the block's mean, or auto"),
+        "steps": (1000, int, "steps of the run that --plot plans for"),
+        "blocks": (5, int, "blocks drawn at a time in that run"),
+        "interval": (50, int, "steps between draws in that run"),
     }
     for name, (default, _, text) in settings.items():
         parser.add_argument(_flag(name), default=str(default), help=f"{text} (default: {default})")
@@ -266,7 +269,9 @@ def _outliers(arguments: Sequence[str]) -> int:
         for name, (_, kind, _) in settings.items()
     }
     for name, value in values.items():
-        if value <= 0:
+        if value == "auto" and name == "threshold":
+            continue
+        if isinstance(value, str) or value <= 0:
             raise UsageError(f"{_flag(name)}: expected a number above 0, got {value}")
     out = Path(found.out)
     if not out.parent.is_dir():
@@ -281,10 +286,9 @@ def _outliers(arguments: Sequence[str]) -> int:
     loaded.model.to(device)
     data = tokenize(rows, loaded.tokenizer, values["max_length"])
     scores = finetune.calibrate(
-        loaded, data, values["rows"], values["threshold"], values["batch_size"]
+        loaded, data, values["rows"], values["threshold"], values["batch_size"], cache=out
     )
     scores.save(out)
-    report.open_up(out)
     p = sampling.probabilities("outlier", len(scores.scores), scores.scores)
     print("block   score (%)   probability (%)")
     for block, (score, share) in enumerate(zip(scores.scores, p, strict=True)):
@@ -292,7 +296,15 @@ def _outliers(arguments: Sequence[str]) -> int:
     print(f"{scores.tokens} tokens, threshold {scores.threshold:g}; written to {out}")
     if found.plot:
         picture = out.with_suffix(".png")
-        report.plot_scores(picture, scores.scores, p.tolist(), scores.threshold)
+        # A small model may have fewer blocks than are planned for by default.
+        gamma = min(values["blocks"], sum(score > 0 for score in scores.scores))
+        plan = (gamma, "sequential", values["steps"], values["interval"])
+        idle = report.plot_outliers(picture, scores, *plan)
+        if idle:
+            print(
+                f"blocks more likely never trained than trained in {values['steps']} steps: "
+                f"{' '.join(map(str, idle))} (--floor spreads the draws)"
+            )
         print(f"plot in {picture}")
     return 0
 

@@ -94,7 +94,12 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def calibrate(
-    loaded: LoadedModel, data: TokenizedData, rows: int, threshold: float, batch_size: int
+    loaded: LoadedModel,
+    data: TokenizedData,
+    rows: int,
+    threshold: float | str,
+    batch_size: int,
+    cache: Path | None = None,
 ) -> OutlierScores:
     """Computes outlier scores from the first rows of the data.
 
@@ -104,6 +109,7 @@ def calibrate(
         rows: Rows used at most.
         threshold: See `owlore.outlier_scores`.
         batch_size: Rows in a batch.
+        cache: File with earlier scores, taken if they are of these weights and this data.
 
     Returns:
         The scores, with the model's name in them.
@@ -111,7 +117,9 @@ def calibrate(
     sequences = [example["input_ids"] for example in data.examples[:rows]]
     # Rows of the same length share a batch.
     sequences.sort(key=len)
-    scores = outlier_scores(loaded.model, sequences, threshold=threshold, batch_size=batch_size)
+    scores = outlier_scores(
+        loaded.model, sequences, threshold=threshold, batch_size=batch_size, cache=cache
+    )
     return OutlierScores(**{**asdict(scores), "model": loaded.source.name})
 
 

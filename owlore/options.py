@@ -47,9 +47,11 @@ class TrainOptions:
     device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, slower")
     calibration_rows: int = _option(64, "training rows the outlier scores are computed from")
-    threshold: float = _option(5.0, "an outlier is this many times the block's mean (OWL's M)")
+    threshold: float | str = _option(
+        5.0, "an outlier is this many times the block's mean (OWL's M), or auto"
+    )
     resume: bool = _option(False, "continue the run in --out with the options it was started with")
-    save_every: int = _option(0, "steps between checkpoints to resume from; 0: only when stopped")
+    save_every: int = _option(500, "steps between checkpoints to resume from; 0: only when stopped")
     keep_checkpoints: bool = _option(False, "keep the checkpoints of a finished run")
     tensorboard: bool = _option(False, "write TensorBoard logs to OUT/tensorboard")
 
@@ -66,6 +68,8 @@ class TrainOptions:
                 raise ValueError(f"{name}: expected a whole number >= {bound}, got {value!r}")
         for name in ("epochs", "warmup", "clip", "threshold"):
             value = getattr(self, name)
+            if name == "threshold" and value == "auto":
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
             if not math.isfinite(value) or value < 0 or (value == 0 and name == "epochs"):

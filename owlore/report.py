@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from owlore import sampling
+from owlore.outliers import OutlierScores
+
 __all__ = [
     "ReportError",
     "open_up",
@@ -155,6 +158,104 @@ def plot_scores(
     ax.set_xlim(-0.7, blocks - 0.3)
     _block_ticks(ax, blocks)
     _save(figure, path)
+
+
+def expected_visits(
+    p: np.ndarray, gamma: int, method: str, steps: int, interval: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often a planned run trains each block.
+
+    Args:
+        p: Probability of each block. [L]
+        gamma: Blocks drawn at a time.
+        method: "sequential" or "inclusion".
+        steps: Optimizer steps of the run.
+        interval: Steps between draws.
+
+    Returns:
+        Expected share of the steps in which a block trains, [L], and the probability that it never
+        does, [L].
+    """
+    inclusion = sampling.inclusion_probabilities(p, gamma, method)
+    return inclusion, (1 - np.minimum(inclusion, 1)) ** -(-steps // interval)
+
+
+def _layer_types(layers: dict[str, float]) -> dict[str, float]:
+    """Mean outlier share of the layers of one kind, such as q_proj, over all blocks."""
+    kinds: dict[str, list[float]] = {}
+    for name, share in layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(share)
+    return {kind: float(np.mean(shares)) for kind, shares in kinds.items()}
+
+
+def plot_outliers(
+    path: str | Path, scores: OutlierScores, gamma: int, method: str, steps: int, interval: int
+) -> list[int]:
+    """Draws what a person wants to know of the scores before a run.
+
+    Score of each block, mean share of each kind of layer, probabilities under each distribution
+    that needs no more than the scores, and how much a planned run trains each block.
+
+    Args:
+        path: The PNG to write.
+        scores: The scores.
+        gamma: Blocks drawn at a time in the planned run.
+        method: "sequential" or "inclusion".
+        steps: Optimizer steps of the planned run.
+        interval: Steps between its draws.
+
+    Returns:
+        The blocks that the planned run more likely never trains than trains.
+
+    Raises:
+        ValueError: gamma blocks cannot be drawn by these scores.
+    """
+    from matplotlib.figure import Figure
+
+    n = len(scores.scores)
+    p = sampling.probabilities("outlier", n, scores.scores)
+    share, never = expected_visits(p, gamma, method, steps, interval)
+    idle = np.flatnonzero(never > 0.5)
+    figure = Figure(figsize=(11, 7), dpi=120, layout="constrained")
+    (top, kinds), (bottom, plan) = figure.subplots(2, 2, width_ratios=[3, 2])
+    for ax in (top, kinds, bottom, plan):
+        _plain(ax)
+    index = np.arange(n)
+
+    top.bar(index, 100 * np.asarray(scores.scores), color=BLUE, width=0.75)
+    top.set_ylabel("outlier score (% of entries)")
+    title = f"Entries above {scores.threshold:g} x the block's mean"
+    top.set_title(title, fontsize=11, loc="left")
+    by_kind = _layer_types(scores.layers)
+    kinds.barh(list(by_kind), [100 * value for value in by_kind.values()], color=BLUE)
+    kinds.invert_yaxis()
+    kinds.grid(axis="y", visible=False)
+    kinds.set_xlabel("% of the layer's entries, mean over blocks")
+    kinds.set_title("Which layers hold the outliers", fontsize=11, loc="left")
+
+    styles = {"outlier": (ORANGE, "-", 2.2), "reverse": ("#009e73", "-", 1.4),
+              "increase": ("#56b4e9", "--", 1.2), "decrease": ("#cc79a7", "--", 1.2),
+              "uniform": ("black", ":", 1.2)}  # fmt: skip
+    for name, (colour, line, width) in styles.items():
+        values = 100 * sampling.probabilities(name, n, scores.scores)
+        bottom.plot(index, values, color=colour, linestyle=line, linewidth=width, label=name)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("probability (%)")
+    bottom.set_title("How likely a block is drawn, by distribution", fontsize=11, loc="left")
+    bottom.legend(fontsize=9, frameon=False, ncols=3)
+    colours = [ORANGE if never[block] <= 0.5 else "#999999" for block in index]
+    plan.bar(index, share * steps, color=colours, width=0.75)
+    plan.set_ylabel("expected steps of training")
+    title = f"A run of {steps} steps, {gamma} blocks drawn every {interval}"
+    if len(idle):
+        title += "\ngrey: more likely never trained than trained"
+    plan.set_title(title, fontsize=11, loc="left")
+    for ax in (top, bottom, plan):
+        ax.set_xlabel("decoder block (0 is next to the embedding)")
+        ax.set_xlim(-0.7, n - 0.3)
+        _block_ticks(ax, n)
+    _save(figure, path)
+    return [int(block) for block in idle]
 
 
 def active_steps(

@@ -18,6 +18,7 @@ import torch
 
 from owlore import OutlierScores, OwLoreConfig
 from owlore.cli import main
+from owlore.outliers import choose_threshold
 
 Run = Callable[..., int]
 
@@ -262,6 +263,35 @@ def test_outliers_writes_scores_that_train_takes(
     run = read(tmp_path / "run")
     np.testing.assert_allclose(run["scores"], scores.scores)
     assert (tmp_path / "run" / "scores.json").read_text() == file.read_text()
+
+
+def test_outliers_chooses_a_threshold_and_reads_back_what_matches(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    file = tmp_path / "scores.json"
+    words = ["outliers", str(base / "model"), "--data", str(base / "rows.jsonl")]
+    words += ["--out", str(file), "--threshold", "auto", "--rows", "9"]
+    assert main(words) == 0
+    scores = OutlierScores.load(file)
+    assert scores.threshold == choose_threshold(scores.table)
+    monkeypatch.setattr("owlore.outliers._calibrate", None)
+    assert main(words) == 0
+    assert OutlierScores.load(file) == scores
+    capsys.readouterr()
+    assert main([*words[:-4], "--threshold", "many"]) == 2
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+def test_outliers_names_blocks_that_a_run_will_hardly_reach(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["outliers", str(base / "model"), "--data", str(base / "rows.jsonl"), "--plot"]
+    words += ["--out", str(tmp_path / "scores.json"), "--threshold", "2", "--rows", "9"]
+    # One draw of one block: at most one of four can be more likely trained than not.
+    assert main([*words, "--blocks", "1", "--steps", "50"]) == 0
+    assert "more likely never trained than trained in 50 steps" in capsys.readouterr().out
+    assert main([*words, "--blocks", "4", "--steps", "50"]) == 0
+    assert "never trained" not in capsys.readouterr().out
 
 
 def test_report_draws_again(words: list[str], tmp_path: Path) -> None:

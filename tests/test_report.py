@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from owlore import OwLoreConfig, report
+from owlore import OutlierScores, OwLoreConfig, report
 from owlore.options import TrainOptions
 
 
@@ -213,3 +213,20 @@ def test_an_interrupted_write_leaves_the_old_file(
         report.write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "plain"]
+
+
+def test_expected_visits_of_a_planned_run() -> None:
+    p = np.array([0.5, 0.25, 0.25, 0.0])
+    share, never = report.expected_visits(p, 1, "sequential", steps=100, interval=30)
+    np.testing.assert_allclose(share, p, atol=1e-9)
+    # 100 steps of 30 are four draws, the last one cut short.
+    np.testing.assert_allclose(never, (1 - p) ** 4)
+
+
+def test_plot_of_scores_names_the_blocks_out_of_reach(tmp_path: Path) -> None:
+    layers = {f"model.layers.{i}.mlp.{kind}": 0.01 for i in range(3) for kind in ("up", "down")}
+    scores = OutlierScores([0.9, 0.1, 0.001], 5.0, layers, 10, "m")
+    file = tmp_path / "scores.png"
+    assert report.plot_outliers(file, scores, 1, "sequential", 100, 50) == [1, 2]
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert report.plot_outliers(file, scores, 1, "sequential", 10**6, 50) == []
