@@ -179,6 +179,8 @@ def _train_options(found: argparse.Namespace) -> tuple[Any, OwLoreConfig]:
                 raise UsageError(f"config: {arguments['config']}: unknown key {key!r}{hint}")
             # YAML takes 3e-4 for text.
             given[name] = parse_value(name, value, types[name]) if isinstance(value, str) else value
+    # A preset named on the command line goes before the file's options, not under them.
+    given.update(PRESETS.get(arguments["preset"], {}))
     for name, value in arguments.items():
         if name in types and value is not None:
             given[name] = (

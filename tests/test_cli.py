@@ -294,6 +294,28 @@ def test_outliers_names_blocks_that_a_run_will_hardly_reach(
     assert "never trained" not in capsys.readouterr().out
 
 
+def test_a_preset_on_the_command_line_goes_before_the_file(
+    words: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("blocks: 1\nrank: 4\ninterval: 7\nlr: 0.002\n")
+    arguments = [
+        *_without(words, "--blocks", "--rank", "--interval", "--lr"),
+        "--config",
+        str(file),
+    ]
+    assert main([*arguments, "--preset", "full"]) == 0
+    config = read(tmp_path / "run")["config"]
+    assert (config["blocks"], config["rank"], config["distribution"]) == ("all", None, "uniform")
+    assert (config["interval"], config["lr"]) == (7, 0.002)
+
+
+def _without(words: list[str], *names: str) -> list[str]:
+    """The words less these options and their values."""
+    gone = {i + k for i, word in enumerate(words) if word in names for k in (0, 1)}
+    return [word for i, word in enumerate(words) if i not in gone]
+
+
 def test_report_draws_again(words: list[str], tmp_path: Path) -> None:
     assert main(words) == 0
     out = tmp_path / "run"
