@@ -68,6 +68,10 @@ def refresh_bases(
         each (0 for a zero gradient), [len(grads)], float32; whether each gradient was finite,
         [len(grads)], bool.
     """
+    if method == "subspace" and grads and grads[0].is_cuda:
+        return _refresh_in_batches(
+            grads, ranks, sides, previous, seeds, power_iterations, oversampling
+        )
     bases, energies, finite = [], [], []
     for G, r, side, old, seed in zip(grads, ranks, sides, previous, seeds, strict=True):
         dtype = torch.float64 if G.dtype == torch.float64 else torch.float32
@@ -88,8 +92,8 @@ def refresh_bases(
             kept = torch.full_like(P, float("nan"))
         else:
             kept = old.to(dtype)
-            # A singular vector's sign is arbitrary. Moments that are kept over a refresh are written
-            # in the old columns, so each new column points to the side of the old one.
+            # A singular vector's sign is arbitrary. Moments that are kept over a refresh are
+            # written in the old columns, so each new column points to the side of the old one.
             P = torch.where((P * kept).sum(dim=0) < 0, -P, P)
         bases.append(torch.where(ok, P, kept).to(G.dtype))
         total = A.square().sum().clamp_min(torch.finfo(dtype).tiny)
@@ -127,6 +131,175 @@ def _subspace(
     B = Q.mT @ A
     eigenvalues, U = torch.linalg.eigh(B @ B.mT)
     return Q @ U[:, -r:].flip(-1), eigenvalues[-r:].clamp_min(0).sum()
+
+
+# Gradients below this count as zero: their reciprocal would overflow.
+_LEAST_SCALE = 1e-30
+# What a Gram matrix of unit columns is raised by, so that its Cholesky factor exists.
+_SHIFT = 1e-14
+
+
+def _refresh_in_batches(
+    grads: Sequence[Tensor],
+    ranks: Sequence[int],
+    sides: Sequence[str],
+    previous: Sequence[Tensor | None],
+    seeds: Sequence[int],
+    power_iterations: int,
+    oversampling: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`refresh_bases` by subspace iteration, equal shapes together, without waiting for the device.
+
+    torch.linalg.eigh and svd wait for the device to read their error codes, Cholesky does not: see
+    `_subspace_of_batch`.
+    """
+    batches: dict[tuple, list[int]] = {}
+    for i, (G, r, side, old) in enumerate(zip(grads, ranks, sides, previous, strict=True)):
+        key = (G.shape, r, side, G.dtype, G.device, old is None)
+        batches.setdefault(key, []).append(i)
+    bases: list[Tensor] = [grads[0]] * len(grads)
+    results: list[tuple[Tensor, Tensor]] = [(grads[0], grads[0])] * len(grads)
+    for (_, r, side, _, _, _), members in batches.items():
+        P, energies, ok = _subspace_of_batch(
+            [grads[i] if side == "left" else grads[i].mT for i in members],
+            r,
+            [previous[i] for i in members],
+            [seeds[i] for i in members],
+            power_iterations,
+            oversampling,
+        )
+        for k, i in enumerate(members):
+            old = previous[i]
+            if old is None:
+                new, kept = P[k], P.new_full((), float("nan"))
+            else:
+                kept = old.to(P.dtype)
+                # As in `refresh_bases`: each new column points to the side of the old one.
+                new = torch.where((P[k] * kept).sum(dim=0) < 0, -P[k], P[k])
+            bases[i] = torch.where(ok[k], new, kept).to(grads[i].dtype)
+            results[i] = (torch.where(ok[k], energies[k], 0.0), ok[k])
+    return bases, torch.stack([e for e, _ in results]), torch.stack([f for _, f in results])
+
+
+def _subspace_of_batch(
+    matrices: Sequence[Tensor],
+    r: int,
+    previous: Sequence[Tensor | None],
+    seeds: Sequence[int],
+    power_iterations: int,
+    oversampling: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading r left singular vectors, nearly, of matrices A of one shape.
+
+    As `_subspace`, with two differences. Orthonormal bases come from Cholesky-QR with Gram matrices
+    in float64. And the surplus columns are the k - r weakest directions found, by sixteen steps of
+    inverse iteration on Q^T A A^T Q; the r others keep the order of the iteration, which tends to
+    the order of the singular values, and are not rotated to single singular vectors.
+
+    Args:
+        matrices: A. [m, n] each.
+        r: Rank.
+        previous: Present basis of each, or None for all of them. [m, r] each.
+        seeds: Seed of each random test matrix.
+        power_iterations: Passes over A A^T.
+        oversampling: Columns carried beside the r.
+
+    Returns:
+        P, [b, m, r], float32 (float64 for float64 matrices); captured energy of each, [b],
+        float32; whether each matrix is finite, [b], bool. P and energy mean nothing where it is
+        not.
+    """
+    m, n = matrices[0].shape
+    k = min(r + oversampling, m, n)
+    dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
+    matrices = [A.float() if A.dtype == torch.float16 else A for A in matrices]
+    largest = torch.stack([A.abs().amax() for A in matrices])
+    ok = torch.isfinite(largest)
+    # Scaling the thin factor keeps products of huge or tiny gradients inside the range.
+    factor = (1 / largest.to(dtype).clamp_min(_LEAST_SCALE))[:, None, None]
+
+    def times(X: Tensor, transposed: bool = False) -> Tensor:
+        X = X.to(dtype) * factor
+        return torch.stack(
+            [_product(A.mT if transposed else A, x) for A, x in zip(matrices, X, strict=True)]
+        )
+
+    device = matrices[0].device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def gaussian(rows: int, columns: int) -> Tensor:
+        like = torch.empty(0, dtype=dtype, device=device)
+        return torch.stack([_gaussian(rows, columns, like, g) for g in generators])
+
+    noise = gaussian(max(m, n), k)
+    if previous[0] is None:
+        start = gaussian(n, k)
+    else:
+        old = torch.stack([torch.nan_to_num(P.to(dtype)) for P in previous if P is not None])
+        start = torch.cat([times(old, transposed=True), gaussian(n, k - r)], dim=2)
+        start = _orthonormal(start, noise)
+    Q = _orthonormal(times(start), noise)
+    for _ in range(power_iterations):
+        Q = _orthonormal(times(_orthonormal(times(Q, transposed=True), noise)), noise)
+    Q = _orthonormal(Q, noise, rounds=2)
+    B = times(Q, transposed=True).double()  # [b, n, k]
+    C = B.mT @ B
+    trace = C.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(torch.finfo(dtype).tiny)
+    identity = torch.eye(k, dtype=C.dtype, device=device)
+    if k > r:
+        L = torch.linalg.cholesky_ex(C / trace[:, None, None] + 1e-12 * identity)[0]
+        inverse = torch.linalg.solve_triangular(L, identity, upper=False)
+        inverse = inverse.mT @ inverse
+        for _ in range(3):
+            inverse = inverse / inverse.norm(dim=(1, 2), keepdim=True)
+            inverse = inverse @ inverse
+        weak = _orthonormal(inverse[:, :, r:], noise[:, :, r:])
+        weak = _orthonormal(inverse @ weak, noise[:, :, r:], rounds=2)
+        strong = identity[:, :r] - weak @ weak[:, :r].mT
+        T = _orthonormal(strong, noise[:, :, :r], rounds=2)
+    else:
+        T = identity.expand(len(matrices), k, k)
+    captured = ((C @ T) * T).sum(dim=(1, 2))
+    totals = [(A.to(dtype) * f).square().sum() for A, f in zip(matrices, factor, strict=True)]
+    total = torch.stack(totals).double().clamp_min(torch.finfo(dtype).tiny)
+    return Q @ T.to(dtype), (captured / total).float(), ok
+
+
+def _product(A: Tensor, X: Tensor) -> Tensor:
+    """A @ X with float32 sums; X is rounded to A's dtype."""
+    if A.dtype != torch.bfloat16:
+        return A @ X.to(A.dtype)
+    if A.is_cuda:
+        return torch.mm(A, X.to(A.dtype), out_dtype=torch.float32)
+    return A.float() @ X.to(A.dtype).float()
+
+
+def _orthonormal(Y: Tensor, noise: Tensor, rounds: int = 1) -> Tensor:
+    """Orthonormal columns that span those of Y, by shifted Cholesky-QR.
+
+    (Fukaya et al., arXiv 1809.11085.) The Gram matrix in float64 carries condition numbers up to
+    1e7. Noise of the size of float32 rounding, and the shift, stand in for directions that Y lacks.
+    One round gives columns good enough to iterate with, two are orthonormal to rounding.
+
+    Args:
+        Y: Columns to span. [b, rows, k].
+        noise: Gaussian, at least as many rows. [b, >= rows, k].
+        rounds: How often to orthonormalise.
+
+    Returns:
+        Shape and dtype of Y.
+    """
+    X = Y.double()
+    rows, k = X.shape[1:]
+    identity = torch.eye(k, dtype=X.dtype, device=X.device)
+    X = X / X.norm(dim=1, keepdim=True).clamp_min(1e-300) + noise[:, :rows] * (1e-7 / rows**0.5)
+    for i in range(rounds):
+        if i > 0:
+            X = X / X.norm(dim=1, keepdim=True)
+        L = torch.linalg.cholesky_ex(X.mT @ X + k * _SHIFT * identity)[0]
+        # An inverse and a product: a triangular solve with this many rows is far slower on a GPU.
+        X = X @ torch.linalg.solve_triangular(L, identity, upper=False).mT
+    return X.to(Y.dtype)
 
 
 def transport(exp_avg: Tensor, old: Tensor, new: Tensor, side: str) -> Tensor:
