@@ -794,7 +794,8 @@ class Config(NamedTuple):
         update_stages: Depth of the updating pipeline.
         update_warps: Warps of an updating program (warps if fused).
         update_walk: Elements an updating program walks.
-        max_registers: Register limit of the projecting program; None = the compiler decides.
+        staged: Project into scratch and step the moments in a kernel of their own, as with ranks
+            whose R does not fit in registers; not together with fused.
     """
 
     fused: bool
@@ -808,7 +809,7 @@ class Config(NamedTuple):
     update_stages: int
     update_warps: int
     update_walk: int
-    max_registers: int | None = None
+    staged: bool = False
 
 
 # Largest rank whose R one program holds in registers, and the chunk of a larger one, by itemsize.
@@ -821,20 +822,53 @@ def _power_of_two(x: int, least: int = 16) -> int:
     return max(least, 1 << (x - 1).bit_length())
 
 
+_WHOLE = 1 << 30  # A walk from end to end.
+# Launch configurations by architecture family: (largest rank, R given, configuration), the first
+# that fits counts. 90: measured on an H100 (benchmarks/results/h100), over the matrices of a
+# LLaMA-2-7B block. The others by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89 and 120,
+# 227 KiB on 100), and registers as the compiler reports them.
+_H100 = (
+    (64, False, Config(True, 128, 128, 2, 4, 8, 128, 64, 5, 8, _WHOLE)),
+    (128, False, Config(True, 128, 128, 4, 3, 8, 128, 64, 4, 8, _WHOLE)),
+    (128, True, Config(False, 128, 64, 4, 4, 8, 128, 64, 5, 8, 4096)),
+    (256, False, Config(False, 128, 64, 1, 4, 8, 128, 64, 3, 8, 4096, staged=True)),
+    (256, True, Config(False, 128, 64, 1, 4, 8, 128, 64, 3, 8, 2048)),
+    (1024, None, Config(False, 128, 64, 1, 4, 8, 128, 128, 4, 8, 128)),
+)
+_B200 = (
+    (256, None, Config(False, 128, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
+    (1024, None, Config(False, 128, 64, 1, 3, 8, 128, 128, 3, 8, 128)),
+)
+_A100 = (
+    (128, None, Config(True, 64, 64, 4, 3, 4, 64, 64, 3, 4, _WHOLE)),
+    (256, None, Config(False, 64, 32, 1, 3, 8, 64, 32, 3, 8, 2048, staged=True)),
+    (1024, None, Config(False, 64, 32, 1, 3, 8, 64, 64, 3, 4, 64)),
+)
+_SMALL = (
+    (128, None, Config(True, 64, 32, 2, 3, 8, 64, 32, 2, 8, _WHOLE)),
+    (256, None, Config(False, 64, 32, 1, 3, 8, 32, 32, 2, 4, 2048, staged=True)),
+    (1024, None, Config(False, 64, 32, 1, 3, 8, 64, 64, 2, 4, 64)),
+)
+_TABLES = {80: _A100, 90: _H100, 100: _B200, 103: _B200}
+# float32 operands: three tf32 products each, twice the shared memory.
+_FLOAT32 = Config(False, 64, 32, 1, 2, 8, 64, 32, 2, 8, 1024)
+
+
 def config_for(architecture: int, rank: int, itemsize: int, projected: bool) -> Config:
     """Launch configuration for matrices of one rank and dtype.
 
     Args:
-        architecture: Compute capability, ten times major plus minor.
+        architecture: Compute capability, ten times major plus minor; 0 for none.
         rank: Rank r.
         itemsize: Bytes of an operand of the tensor cores: 2, or 4 where float32 takes part.
         projected: R is given.
     """
     if itemsize == 4:
-        return Config(False, 64, 32, 1, 2, 8, 64, 32, 2, 8, 1024)
-    if rank <= 128:
-        return Config(True, 128, 64, 4, 3, 8, 128, 64, 3, 8, 1 << 30)
-    return Config(False, 128, 64, 4, 3, 8, 128, 64, 3, 8, 2048)
+        return _FLOAT32
+    for largest, given, config in _TABLES.get(architecture, _SMALL):
+        if rank <= largest and given in (None, projected):
+            return config
+    return _SMALL[-1][2]
 
 
 class _Group(NamedTuple):
@@ -1047,10 +1081,11 @@ def _group(
     update_names = [n for n in _update_kernel.arg_names[2:] if n.islower()]
     rounding = {"STOCHASTIC": stochastic and w_dtype == torch.bfloat16}
     in_registers = rank_block <= _RANK_IN_REGISTERS[2 if narrow else 4]
-    fused = config.fused and in_registers
+    in_program = in_registers and not config.staged
+    fused = config.fused and in_program
     launches: list[tuple] = []
-    if not projected and not in_registers:
-        chunk = 256 if narrow else 64
+    if not projected and not in_program:
+        chunk = min(rank_block, 256 if narrow else 64)
         rows = [
             (k, s, r, 0)
             for k, n in enumerate(strips)
@@ -1065,7 +1100,7 @@ def _group(
                 "num_warps": config.warps,
             })
         )  # fmt: skip
-    project = not projected and in_registers
+    project = not projected and in_program
     block, chunks, warps = config.block, config.chunks, config.warps
     if not project and not fused:
         block, chunks, warps = max(16, _ADAM_ELEMENTS // rank_block), 1, 8
@@ -1079,8 +1114,6 @@ def _group(
         "UPDATE_K": config.update_k, "CHUNKS": chunks, "STAGES": config.stages,
         "UPDATE_STAGES": config.update_stages, "num_warps": warps,
     }  # fmt: skip
-    if config.max_registers:
-        constants["maxnreg"] = config.max_registers
     launches.append((_lowrank_adam_kernel, strip_names, strip_tiles(block), constants))
     if not fused:
         walk = config.update_walk if in_registers else config.update_k
@@ -1105,7 +1138,7 @@ def _group(
         buffers = [
             torch.empty(n * rank, dtype=p_dtype, device=device) if not fused else None,
             torch.empty(n * rank, dtype=torch.float32, device=device)
-            if not projected and not in_registers
+            if not projected and not in_program
             else None,
             torch.empty(n, dtype=torch.int8, device=device) if not fused else None,
         ]

@@ -1,0 +1,384 @@
+"""The Triton kernels of low-rank AdamW against float64; in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+
+from owlore import reference
+
+lowrank_adam = pytest.importorskip("owlore.kernels.lowrank_adam")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5}
+HALF_ULP = 2**-24
+SEED = 2**40 + 2**31 + 12345
+# Small blocks, so that small matrices have several strips, walks and chunks.
+SMALL = {
+    "block": 32, "block_k": 16, "chunks": 2, "stages": 2, "warps": 4, "update_block": 32,
+    "update_k": 16, "update_stages": 2, "update_warps": 4, "update_walk": 32,
+}  # fmt: skip
+FUSED = lowrank_adam.Config(fused=True, **SMALL)
+SPLIT = lowrank_adam.Config(fused=False, **SMALL)
+
+
+def matrices(m, n, r, side, dtype, moments=torch.float32, layout="row", seed=0):
+    """W, G, P, M, V; `layout` is that of W and G."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def laid_out(scale):
+        if layout == "row":
+            return (normal(m, n) * scale).to(DEVICE, dtype)
+        if layout == "column":
+            return (normal(n, m) * scale).to(DEVICE, dtype).T
+        return (normal(2 * m, 3 * n) * scale).to(DEVICE, dtype)[::2, ::3]
+
+    W, G = laid_out(0.05), laid_out(1.0)
+    P = torch.linalg.qr(normal(m if side == "left" else n, r))[0].contiguous()
+    shape = (r, n) if side == "left" else (m, r)
+    M, V = normal(*shape) * 0.1, normal(*shape).square() * 0.1
+    return W, G, P.to(DEVICE, dtype), M.to(DEVICE, moments), V.to(DEVICE, moments)
+
+
+def clone(x):
+    """A copy with the same strides, which torch.clone does not promise for views with gaps."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def step(function, sets, sides, t=3.0, lr=0.02, streams=None, **options):
+    """One step on copies. Returns the copies [(W, M, V), ...] and the non-finite flags."""
+    W, M, V = ([clone(s[k]) for s in sets] for k in (0, 3, 4))
+    flags = torch.zeros(len(sets), dtype=torch.int32, device=DEVICE)
+    done = function(
+        W,
+        [s[1] for s in sets],
+        [s[2] for s in sets],
+        M,
+        V,
+        [torch.tensor(t, device=DEVICE) for _ in sets],
+        torch.tensor(lr, dtype=torch.float64, device=DEVICE),
+        flags,
+        torch.tensor(7, device=DEVICE),
+        sides=sides,
+        streams=streams or [3_000_000_000 + i for i in range(len(sets))],
+        **{**ADAM, "stochastic": False, "seed": SEED, **options},
+    )
+    assert done in (None, True)
+    return list(zip(W, M, V, strict=True)), flags
+
+
+def assert_close_to_float64(ours, sets, sides, **options):
+    """At most twice the error of the reference in the same dtype, for W, M and V."""
+    exact, _ = step(
+        reference.lowrank_adam_, [[x.double() for x in s] for s in sets], sides, **options
+    )
+    plain, _ = step(reference.lowrank_adam_, sets, sides, **options)
+    for got, near, want, before in zip(ours, plain, exact, sets, strict=True):
+        assert not torch.equal(got[0], before[0])
+        slack = tolerances.LOWRANK_FLOAT32
+        if before[2].dtype != torch.float32:
+            slack = tolerances.LOWRANK_TENSOR_CORES
+        for g, p, w, extra in zip(got, near, want, (HALF_ULP, slack, slack), strict=True):
+            error = (g.double() - w).norm() / w.norm()
+            assert error <= 2 * (p.double() - w).norm() / w.norm() + extra
+
+
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("m", "n", "r", "layout"),
+    [
+        (64, 96, 16, "row"),
+        (37, 51, 24, "row"),
+        (51, 37, 32, "column"),
+        (40, 35, 8, "strided"),
+        (1, 1, 1, "row"),
+        (1, 33, 1, "row"),
+        (33, 1, 1, "row"),
+    ],
+)
+def test_step_against_float64(dtype, config, side, m, n, r, layout):
+    sets = [matrices(m, n, r, side, dtype, layout=layout)]
+    ours, flags = step(lowrank_adam.launch_lowrank_adam, sets, [side], config=config)
+    assert_close_to_float64(ours, sets, [side])
+    assert flags.tolist() == [0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rank_beyond_the_registers(side):
+    sets = [matrices(290, 300, 272, side, torch.float32)]
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, [side], config=SPLIT)
+    assert_close_to_float64(ours, sets, [side])
+
+
+@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_projected_gradient(config, side):
+    W, G, P, M, V = matrices(70, 50, 24, side, torch.float32)
+    R = P.T @ G if side == "left" else G @ P
+    given = [(W, R.contiguous(), P, M, V)]
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, given, [side], config=config, projected=True)
+    assert_close_to_float64(ours, given, [side], projected=True)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0, 100.0, 5000.0])
+def test_bias_correction(t):
+    sets = [matrices(40, 48, 16, "left", torch.float32)]
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], t=t, config=FUSED)
+    assert_close_to_float64(ours, sets, ["left"], t=t)
+
+
+@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nonfinite_strips_stay_as_they_were(config, bad, side):
+    sets = [matrices(48, 40, 16, side, torch.float32, seed=s) for s in (1, 2)]
+    sets[1][1][5, 9] = bad
+    got, flags = step(lowrank_adam.launch_lowrank_adam, sets, [side] * 2, config=config)
+    want, _ = step(reference.lowrank_adam_, sets, [side] * 2)
+    assert flags.tolist() == [0, 1]
+    for x, y, before in zip(got[1], want[1], (sets[1][k] for k in (0, 3, 4)), strict=True):
+        strip = (slice(None), 9) if side == "left" else (5, slice(None))
+        assert torch.equal(x[strip], before[strip])
+        torch.testing.assert_close(x, y, **tolerances.OP_FLOAT32)
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_random_bits_are_the_references(config, side):
+    """bfloat16 moments: one wrong bit in 65,536 would show as a differing element here."""
+    sets = [matrices(44, 52, 24, side, torch.float32, moments=torch.bfloat16)]
+    got, _ = step(lowrank_adam.launch_lowrank_adam, sets, [side], config=config)
+    want, _ = step(reference.lowrank_adam_, sets, [side])
+    for k in (1, 2):
+        # R differs in its last bit, which may carry one value over the edge.
+        assert (got[0][k] != want[0][k]).float().mean() < 2e-3
+
+
+# The interpreter has no bfloat16 products, and converts to bfloat16 by cutting off.
+@pytest.mark.parametrize("stochastic", [False, True] if DEVICE == "cuda" else [True])
+def test_bfloat16_weights(stochastic):
+    """W alone in bfloat16, rounded with the reference's bits."""
+    sets = []
+    for side in ("left", "right"):
+        W, *rest = matrices(44, 52, 24, side, torch.float32)
+        sets.append((W.bfloat16(), *rest))
+    sides, options = ["left", "right"], {"stochastic": stochastic}
+    got, _ = step(lowrank_adam.launch_lowrank_adam, sets, sides, config=FUSED, **options)
+    want, _ = step(reference.lowrank_adam_, sets, sides, **options)
+    for x, y in zip(got, want, strict=True):
+        assert (x[0] != y[0]).float().mean() < 2e-3
+
+
+def test_grouping_and_blocks_change_no_bit():
+    sides = ["left", "right", "left", "right"]
+    sets = [
+        (W.bfloat16(), *rest)
+        for W, *rest in (
+            matrices(48, 64, 16, side, torch.float32, seed=i) for i, side in enumerate(sides)
+        )
+    ]
+    launch, options = lowrank_adam.launch_lowrank_adam, {"stochastic": True, "config": FUSED}
+    together, _ = step(launch, sets, sides, **options)
+    other = FUSED._replace(block=16, block_k=16, update_k=32, chunks=1)
+    for i, side in enumerate(sides):
+        for config in (FUSED, other):
+            alone, _ = step(
+                launch,
+                [sets[i]],
+                [side],
+                streams=[3_000_000_000 + i],
+                stochastic=True,
+                config=config,
+            )
+            assert all(torch.equal(x, y) for x, y in zip(alone[0], together[i], strict=True))
+
+
+def test_new_addresses_are_seen():
+    """The pointer table is kept between calls and must follow tensors that move."""
+    for seed in range(3):
+        sets = [matrices(40, 48, 16, "left", torch.float32, seed=seed)]
+        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], config=FUSED)
+        assert_close_to_float64(ours, sets, ["left"])
+
+
+def test_what_is_not_covered_is_left_to_the_reference():
+    W, G, P, M, V = matrices(24, 20, 8, "left", torch.float32)
+    cases = [
+        (W.double(), G.double(), P.double(), M, V),
+        (W, G, P.T.contiguous().T, M, V),
+        (W, G, P, M.half().T.contiguous().T, V.half()),
+    ]
+    for case in cases:
+        before = [x.clone() for x in case]
+        done = lowrank_adam.launch_lowrank_adam(
+            *([x] for x in case), [torch.tensor(1.0)], torch.tensor(0.1), torch.zeros(1).int(),
+            torch.tensor(0), sides=["left"], streams=[1], stochastic=False, seed=1, **ADAM,
+        )  # fmt: skip
+        assert done is False
+        assert all(torch.equal(x, y) for x, y in zip(case, before, strict=True))
+
+
+def test_empty_matrices_and_empty_lists():
+    sets = [matrices(0, 20, 0, "left", torch.float32), matrices(24, 20, 8, "left", torch.float32)]
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"] * 2, config=FUSED)
+    assert_close_to_float64(ours[1:], sets[1:], ["left"], streams=[3_000_000_001])
+    assert step(lowrank_adam.launch_lowrank_adam, [], []) == ([], pytest.approx(torch.zeros(0)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("r", [16, 48, 64, 128, 200, 256, 512])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_table_configurations_on_the_gpu(side, r, projected):
+    """The configurations that users get, on shapes with ragged edges."""
+    sets = []
+    for m, n in ((768, 640), (555, 777)):
+        W, G, P, M, V = matrices(m, n, r, side, torch.bfloat16)
+        if projected:
+            G = P.float().T @ G.float() if side == "left" else G.float() @ P.float()
+        sets.append((W, G, P, M, V))
+    options = {"stochastic": True, "projected": projected}
+    ours, flags = step(lowrank_adam.launch_lowrank_adam, sets, [side] * 2, **options)
+    assert_close_to_float64(ours, sets, [side] * 2, **options)
+    assert flags.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+def test_rounding_is_unbiased():
+    """The mean error over 10^6 roundings lies within four standard errors of zero."""
+    W, G, P, M, V = matrices(1024, 1024, 16, "left", torch.bfloat16)
+    sets = [(W, G, P, M, V)]
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], stochastic=True)
+    exact, _ = step(reference.lowrank_adam_, [(W.float(), G.float(), P.float(), M, V)], ["left"])
+    error = (ours[0][0].double() - exact[0][0].double()) / exact[0][0].double().abs()
+    assert abs(error.mean()) < 4 * error.std() / error.numel() ** 0.5
+
+
+@pytest.mark.gpu
+def test_step_in_a_cuda_graph_follows_lr_and_step():
+    W, G, P, M, V = matrices(256, 384, 64, "left", torch.bfloat16)
+    lr = torch.tensor(0.02, dtype=torch.float64, device=DEVICE)
+    t = torch.tensor(3.0, device=DEVICE)
+    flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    rng_step = torch.tensor(7, device=DEVICE)
+    options = {**ADAM, "sides": ["left"], "streams": [5], "stochastic": True, "seed": SEED}
+
+    def run(function, tensors):
+        function(
+            [tensors[0]], [G], [P], [tensors[1]], [tensors[2]], [t], lr, flags, rng_step, **options
+        )
+
+    ours = [W.clone(), M.clone(), V.clone()]
+    run(lowrank_adam.launch_lowrank_adam, ours)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(lowrank_adam.launch_lowrank_adam, ours)
+    plain = [W.clone(), M.clone(), V.clone()]
+    run(lowrank_adam.launch_lowrank_adam, plain)
+    for k in range(3):
+        lr.fill_(0.01 * (k + 1))
+        t.add_(1)
+        rng_step.add_(1)
+        graph.replay()
+        run(lowrank_adam.launch_lowrank_adam, plain)
+        assert all(torch.equal(x, y) for x, y in zip(ours, plain, strict=True))
+
+
+COMPILE = """
+import itertools, json, os, re, subprocess, sys, tempfile
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from owlore.kernels import lowrank_adam as module
+
+architecture = int(sys.argv[1])
+FLOATS = ("beta1 one_minus_beta1 log_beta1 beta2 one_minus_beta2 log_beta2 eps weight_decay scale")
+TYPES = {
+    "table_ptr": "*i64", "tiles_ptr": "*i32", "lr_ptr": "*fp32", "nonfinite_ptr": "*i32",
+    "rng_step_ptr": "*i64", "seed_low": "i32", "seed_high": "i32",
+    **{name: "fp32" for name in FLOATS.split()},
+}
+cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+
+
+def resources(kernel, constants, warps):
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: TYPES.get(n, "constexpr") for n in names},
+        constexprs={(i,): constants[n] for i, n in enumerate(names) if n not in TYPES},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
+    )
+    built = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\\d+) STACK:(\\d+)", text.stdout)
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": built.metadata.shared}
+
+
+common = {
+    "FIELDS": 20, "SIDES": 2, "W_DTYPE": tl.bfloat16, "G_DTYPE": tl.bfloat16,
+    "P_DTYPE": tl.bfloat16, "M_DTYPE": tl.float32, "STOCHASTIC": True, "LAYOUT": 0, "ALIGNED": True,
+    "EVEN": True, "PRECISION": "tf32",
+}
+rows = []
+for rank in (128, 256):
+    c = module.config_for(architecture, rank, 2, False)
+    sizes = {"RANK": rank, "RANK_BLOCK": rank, "BLOCK": c.block, "BLOCK_K": c.block_k}
+    sizes |= {"UPDATE_K": c.update_k, "CHUNKS": c.chunks, "STAGES": c.stages}
+    sizes |= {"UPDATE_STAGES": c.update_stages, "PROJECT": True, "UPDATE": c.fused}
+    if c.staged:
+        rows.append(resources(module._project_kernel, {**common, **sizes}, c.warps))
+        adam = {"PROJECT": False, "BLOCK": module._ADAM_ELEMENTS // rank, "G_DTYPE": tl.float32}
+        rows.append(resources(module._lowrank_adam_kernel, {**common, **sizes, **adam}, 8))
+    else:
+        rows.append(resources(module._lowrank_adam_kernel, {**common, **sizes}, c.warps))
+    if not c.fused:
+        sizes |= {"BLOCK": c.update_block, "BLOCK_K": c.update_k, "RESIDENT": True}
+        sizes |= {"STAGES": c.update_stages}
+        rows.append(resources(module._update_kernel, {**common, **sizes}, c.update_warps))
+print(json.dumps(rows))
+"""
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
+def test_table_compiles_without_spills(architecture, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(architecture)],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in json.loads(done.stdout.splitlines()[-1]):
+        assert row["stack"] <= tolerances.SPILL_BYTES, row
+        assert row["shared"] <= SHARED_LIMIT[architecture], row
