@@ -13,7 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Timing", "bytes_moved", "copy_bandwidth", "machine", "measure", "show", "write_rows"]
+__all__ = [
+    "BLOCKS",
+    "Timing",
+    "bytes_moved",
+    "copy_bandwidth",
+    "gemm_rate",
+    "machine",
+    "measure",
+    "show",
+    "write_rows",
+]
+
+# The linear weights of one decoder block [out, in], as they come.
+BLOCKS = {
+    "llama2-7b": [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)],
+    "llama3-8b": [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)],
+    "qwen3-8b": [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(12288, 4096)] * 2 + [(4096, 12288)],
+    "smollm2-135m": [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)],
+}
 
 
 class Timing(NamedTuple):
@@ -77,11 +95,20 @@ def measure(
 
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a large device copy: the ceiling that rows refer to."""
-    size = 2**30 if device == "cuda" else 2**27
+    size = 2**31 if device == "cuda" else 2**27
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    ms = measure([lambda: target.copy_(source)], device, repeats=10).ms
+    # Not from a graph: there a copy becomes a memcpy node, which is a fifth slower than the kernel.
+    ms = measure([lambda: target.copy_(source)], device, repeats=10, graph=False).ms
     return 2 * size / (ms * 1e-3)
+
+
+def gemm_rate(device: str) -> float:
+    """Floating-point operations per second of a large bfloat16 matrix product on random data."""
+    n = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    ms = measure([lambda: a @ b], device, repeats=10).ms
+    return 2 * n**3 / (ms * 1e-3)
 
 
 def bytes_moved(*tensors: Tensor) -> int:
