@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008", "11008x4096"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256])
-    parser.add_argument("--batch", type=int, default=5)
+    # The matrices of one shape in five LLaMA blocks: 20 square ones, 15 of 4096 x 11008 either way.
+    parser.add_argument("--batch", type=int, default=15)
     parser.add_argument("--gradients")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -55,13 +56,14 @@ def main() -> None:
     for shape in args.shapes:
         m, n = map(int, shape.split("x"))
         for spectrum in ("power-0.5", "gaussian"):
-            cases.append((shape, spectrum, [matrix(m, n, spectrum, args.device)] * args.batch))
+            G = matrix(m, n, spectrum, args.device)
+            cases.append((shape, spectrum, G))
     if args.gradients:
         for name, G in torch.load(args.gradients, weights_only=True).items():
             shape = f"{G.shape[0]}x{G.shape[1]} {name}"
-            cases.append((shape, "smollm2", [G.to(args.device)] * args.batch))
-    for case, spectrum, grads in cases:
-        G = grads[0]
+            cases.append((shape, "smollm2", G.to(args.device)))
+    for case, spectrum, G in cases:
+        grads = [G.clone() for _ in range(args.batch)]
         side = projection.choose_side(*G.shape, "std")
         exact = torch.linalg.svdvals(G.double())
         for rank in args.ranks:

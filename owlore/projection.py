@@ -155,13 +155,15 @@ def _refresh_in_batches(
     """
     batches: dict[tuple, list[int]] = {}
     for i, (G, r, side, old) in enumerate(zip(grads, ranks, sides, previous, strict=True)):
-        key = (G.shape, r, side, G.dtype, G.device, old is None)
+        # Both sides of one shape of A share a batch.
+        rows, columns = G.shape if side == "left" else (G.shape[1], G.shape[0])
+        key = (rows, columns, r, G.dtype, G.device, old is None)
         batches.setdefault(key, []).append(i)
     bases: list[Tensor] = [grads[0]] * len(grads)
     results: list[tuple[Tensor, Tensor]] = [(grads[0], grads[0])] * len(grads)
-    for (_, r, side, _, _, _), members in batches.items():
+    for (_, _, r, _, _, _), members in batches.items():
         P, energies, ok = _subspace_of_batch(
-            [grads[i] if side == "left" else grads[i].mT for i in members],
+            [grads[i] if sides[i] == "left" else grads[i].mT for i in members],
             r,
             [previous[i] for i in members],
             [seeds[i] for i in members],
@@ -213,7 +215,7 @@ def _subspace_of_batch(
     k = min(r + oversampling, m, n)
     dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
     matrices = [A.float() if A.dtype == torch.float16 else A for A in matrices]
-    largest = torch.stack([A.abs().amax() for A in matrices])
+    largest = torch.stack([torch.linalg.vector_norm(A, float("inf")) for A in matrices])
     ok = torch.isfinite(largest)
     # Scaling the thin factor keeps products of huge or tiny gradients inside the range.
     factor = (1 / largest.to(dtype).clamp_min(_LEAST_SCALE))[:, None, None]
@@ -260,8 +262,8 @@ def _subspace_of_batch(
     else:
         T = identity.expand(len(matrices), k, k)
     captured = ((C @ T) * T).sum(dim=(1, 2))
-    totals = [(A.to(dtype) * f).square().sum() for A, f in zip(matrices, factor, strict=True)]
-    total = torch.stack(totals).double().clamp_min(torch.finfo(dtype).tiny)
+    norms = [torch.linalg.vector_norm(A, dtype=torch.float64) for A in matrices]
+    total = (torch.stack(norms) * factor[:, 0, 0]).square().clamp_min(torch.finfo(dtype).tiny)
     return Q @ T.to(dtype), (captured / total).float(), ok
 
 
