@@ -77,7 +77,7 @@ def floor_ms(data: dict[str, Any], path: str, bandwidth: float, rate: float) -> 
 
 
 def check(data: dict[str, Any], options: dict[str, Any]) -> None:
-    """Compares one step of a block on copies with float64: at most twice the reference's own error."""
+    """Holds one step of a block on copies to float64: at most twice the reference's own error."""
     count = min(len(data["params"]), 7)
     block = {k: (v[:count] if k in LISTS else v) for k, v in data.items()}
     block["nonfinite"] = data["nonfinite"][:count]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 import warnings
@@ -336,12 +337,23 @@ def _info(arguments: Sequence[str]) -> int:
     from owlore import build_info, ops
 
     for name, value in build_info().items():
-        print(f"{name:<24}{value}")
+        print(f"{name:<24}{_info_text(value)}")
     print()
     print(f"{'operation':<20}{'device':<8}{'backend':<12}why")
     for row in ops.backends():
         print(f"{row['op']:<20}{row['device']:<8}{row['backend']:<12}{row['reason']}")
     return 0
+
+
+def _info_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    if isinstance(value, dict):
+        state = f"{value['reason']}, {'with' if value['cuda'] else 'without'} CUDA"
+        return (
+            f"{state}: {value['path']}" if value["available"] else f"not in use: {value['reason']}"
+        )
+    return "none" if value is None else str(value)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -398,6 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nowlore {command}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) has gone; what Python still holds goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _ours(error: BaseException) -> bool:

@@ -241,7 +241,7 @@ def resolve(name: str) -> Source:
             license=stored.get("license") or _front_matter_license(path),
             quantised=stored.get("quantised"),
         )
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise ModelError(f"the model {name} does not exist: no such file or folder")
     return Source(name=name, location=name)
 

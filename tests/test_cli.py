@@ -326,6 +326,13 @@ def test_report_draws_again(words: list[str], tmp_path: Path) -> None:
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m owlore info | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("owlore")
+    assert "Traceback" not in done.stderr
+
+
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     from owlore import ops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,9 @@ def test_folders(tmp_path: Path) -> None:
 def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="no such file or folder"):
         resolve(str(tmp_path / "nothing"))
+    for path in ("./nothing", "../no/thing", "~/nothing"):
+        with pytest.raises(ModelError, match=f"{re.escape(path)} does not exist"):
+            resolve(path)
     with pytest.raises(ModelError, match=r"nothing\.gguf does not exist"):
         resolve("nothing.gguf")
     with pytest.raises(ModelError, match=r"has no config\.json"):

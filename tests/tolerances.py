@@ -17,8 +17,9 @@ TRAINING_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 # 30 steps in float32 beside galore-torch: it applies the bias corrections to the step size, we to
 # the moments, and an SVD's vectors carry rounding of 1e-7 over the gap of singular values.
 GALORE_FLOAT32 = {"rtol": 1e-5, "atol": 3e-6}
-# Relative error (norm) of the low-rank step's moments beside twice the reference's: float32 products
-# as three tf32 products, and sums of bfloat16 products in tensor cores, which drop low bits.
+# Relative error (norm) of the low-rank step's moments beside twice the reference's: float32
+# products as three tf32 products, and sums of bfloat16 products in tensor cores, which drop low
+# bits.
 LOWRANK_FLOAT32 = 3e-7
 LOWRANK_TENSOR_CORES = 4e-6
 # Bytes of registers that a thread may keep in local memory: none on Triton 3.6, where the table was
