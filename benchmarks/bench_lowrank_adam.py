@@ -108,6 +108,7 @@ def galore(data: dict[str, Any], r: int) -> Callable[[], Any]:
     # Its __init__ imports bitsandbytes for an optimizer that is not used here.
     package = types.ModuleType("galore_torch")
     package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec
     sys.modules.setdefault("galore_torch", package)
     from galore_torch.adamw import AdamW
     from galore_torch.galore_projector import GaLoreProjector
