@@ -34,8 +34,8 @@ def matrix(m: int, n: int, spectrum: str, device: str) -> Tensor:
 
 
 def captured(G: Tensor, P: Tensor, side: str) -> float:
-    """||P^T G||^2 or ||G P||^2 in float64."""
-    G, P = G.double(), P.double()
+    """||P^T G||^2 or ||G P||^2 in float64, with the rounding of P to bfloat16 made orthonormal."""
+    G, P = G.double(), torch.linalg.qr(P.double())[0]
     return float((P.mT @ G if side == "left" else G @ P).square().sum())
 
 
