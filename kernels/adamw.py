@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TL_DTYPES, bias_correction, pointer, remember, scalars, upload
+from .common import (
+    TL_DTYPES,
+    bias_correction,
+    keep_if_captured,
+    pointer,
+    remember,
+    scalars,
+    upload,
+)
 from .rounding import counter_words, eight_halves, stochastic_round
 
 # Columns of the table.
@@ -28,7 +36,7 @@ _FIELDS = 20
 # Programs of 4096 elements: 16 for each thread of eight warps.
 _BLOCK = 4096
 _WARPS = 8
-_MOST_PLANS = 64
+_MOST_PLANS = 16
 
 
 @triton.jit
@@ -205,6 +213,7 @@ def launch_adamw(
         plan = made
         remember(_plans, key, plan, _MOST_PLANS)
     values = scalars(beta1, beta2, eps, weight_decay, seed)
+    keep_if_captured(device, plan)
     with torch.cuda.device_of(params[0]):
         for (table, _), (tiles, _), constants in plan:
             _adamw_kernel[(tiles.shape[0],)](

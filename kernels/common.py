@@ -77,3 +77,27 @@ def remember(cache: dict, key: object, value: object, most: int) -> None:
     if len(cache) >= most:
         cache.pop(next(iter(cache)))
     cache[key] = value
+
+
+_arenas: dict[tuple[torch.device, int], Tensor] = {}
+_captured: list[object] = []
+
+
+def arena(device: torch.device, size: int) -> Tensor:
+    """Scratch memory of at least this many bytes, one piece for each device and stream.
+
+    All launches on a stream run after each other, so they share it: were each set of blocks to keep
+    scratch of its own, the memory would grow with every draw.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _arenas.get((device, stream))
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=torch.uint8, device=device)
+        _arenas[device, stream] = held
+    return held
+
+
+def keep_if_captured(device: torch.device, *objects: object) -> None:
+    """Keeps what a launch refers to for good, if a CUDA graph that replays it is being captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(objects)

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TL_DTYPES, bias_correction, pointer, remember, scalars, upload
+from .common import (
+    TL_DTYPES,
+    arena,
+    bias_correction,
+    keep_if_captured,
+    pointer,
+    remember,
+    scalars,
+    upload,
+)
 from .rounding import rounding_bits, stochastic_round
 
 # Columns of the matrix table: pointers, sizes, strides, and what keys the random bits.
@@ -876,8 +885,9 @@ class _Group(NamedTuple):
 
     members: list[int]
     launches: list[tuple]
-    scratch: list[tuple[int, int, int]]  # pointers of N, R and the kept flags, 0 = none
-    keepalive: list[Tensor]
+    # Places of N, R and the kept flags of each matrix in the arena, or None; and the arena's size.
+    scratch: list[tuple[int | None, int | None, int | None]]
+    scratch_size: int
 
 
 def _layout(W: Tensor, G: Tensor | None) -> int:
@@ -890,8 +900,8 @@ def _layout(W: Tensor, G: Tensor | None) -> int:
 
 
 _plans: dict[tuple, tuple[list[_Group], dict[tuple, list[list[Tensor]]]]] = {}
-_MOST_PLANS = 64
-_MOST_TABLES = 16
+_MOST_PLANS = 16
+_MOST_TABLES = 4
 
 
 def launch_lowrank_adam(
@@ -950,17 +960,22 @@ def launch_lowrank_adam(
         plan = (groups, {})
         remember(_plans, key, plan, _MOST_PLANS)
     groups, all_tables = plan
-    pointer_key = tuple(pointers)
+    size = max((group.scratch_size for group in groups), default=0)
+    scratch = arena(device, size) if size else None
+    base = 0 if scratch is None else scratch.data_ptr()
+    pointer_key = (base, *pointers)
     tables = all_tables.get(pointer_key)
     if tables is None:
         tables = [
-            _table(group, pointers, params, grads, streams, sides, projected) for group in groups
+            _table(group, base, pointers, params, grads, streams, sides, projected)
+            for group in groups
         ]
         remember(all_tables, pointer_key, tables, _MOST_TABLES)
     values = {
         **scalars(beta1, beta2, eps, weight_decay, seed),
         "scale": scale, "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
     }  # fmt: skip
+    keep_if_captured(device, plan, tables, scratch)
     with torch.cuda.device_of(params[0]):
         _launch(groups, tables, values)
     return True
@@ -979,6 +994,7 @@ def _launch(groups: list[_Group], tables: list[list[Tensor]], values: dict) -> N
 
 def _table(
     group: _Group,
+    base: int,
     pointers: list[tuple[int, ...]],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -988,7 +1004,8 @@ def _table(
 ) -> list[Tensor]:
     """The matrix table of a group on the device, and its host copy, which must outlive the copy."""
     rows = []
-    for i, (n_ptr, r_ptr, kept_ptr) in zip(group.members, group.scratch, strict=True):
+    for i, places in zip(group.members, group.scratch, strict=True):
+        n_ptr, r_ptr, kept_ptr = (0 if place is None else base + place for place in places)
         W, G = params[i], grads[i]
         row = [*pointers[i], n_ptr, pointers[i][1] if projected else r_ptr, *W.shape]
         row += [*W.stride(), *((0, 0) if projected else G.stride())]
@@ -1133,15 +1150,17 @@ def _group(
             })
         )  # fmt: skip
 
-    scratch, keepalive = [], []
+    scratch: list[tuple[int | None, int | None, int | None]] = []
+    size = 0
     for n in strips:
-        buffers = [
-            torch.empty(n * rank, dtype=p_dtype, device=device) if not fused else None,
-            torch.empty(n * rank, dtype=torch.float32, device=device)
-            if not projected and not in_program
-            else None,
-            torch.empty(n, dtype=torch.int8, device=device) if not fused else None,
-        ]
-        keepalive += [buffer for buffer in buffers if buffer is not None]
-        scratch.append(tuple(0 if buffer is None else buffer.data_ptr() for buffer in buffers))
-    return _Group(members, launches, scratch, keepalive)
+        wanted = (
+            n * rank * p_dtype.itemsize if not fused else 0,
+            n * rank * 4 if not projected and not in_program else 0,
+            n if not fused else 0,
+        )
+        places: list[int | None] = []
+        for count in wanted:
+            places.append(size if count else None)
+            size += -(-count // 256) * 256
+        scratch.append(tuple(places))
+    return _Group(members, launches, scratch, size)

@@ -226,6 +226,20 @@ def test_new_addresses_are_seen():
         assert_close_to_float64(ours, sets, ["left"])
 
 
+def test_sets_of_matrices_share_their_scratch():
+    """Every draw brings another set: scratch of its own for each would grow without end."""
+    arenas = sys.modules["owlore.kernels.common"]._arenas
+    arenas.clear()
+    sizes = []
+    for n in (96, 48, 64, 80):
+        sets = [matrices(n, n, 16, side, torch.float32, seed=n) for side in ("left", "right")]
+        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left", "right"], config=SPLIT)
+        assert_close_to_float64(ours, sets, ["left", "right"])
+        sizes.append(sum(arena.numel() for arena in arenas.values()))
+    # N in float32 and a flag for each line, in pieces of 256 bytes, for both matrices.
+    assert sizes == [2 * (96 * 16 * 4 + 256)] * 4
+
+
 def test_what_is_not_covered_is_left_to_the_reference():
     W, G, P, M, V = matrices(24, 20, 8, "left", torch.float32)
     cases = [

@@ -809,8 +809,11 @@ def test_device_memory_after_forty_intervals(tiny_llama, state):
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
-    allocated = [step(i) for i in range(40)]
-    assert max(allocated[5:]) <= max(allocated[:5])
+    allocated = [step(i) for i in range(80)]
+    # The kernels' caches of pointer tables fill up to a bound of their own first; then nothing may
+    # grow, not even by the state of half a block.
+    first = max(allocated[:40])
+    assert max(allocated[40:]) - first < optimizer.memory()["moments"] / 4
     for member in optimizer._members:
         for value in optimizer.state.get(member.param, {}).values():
             if isinstance(value, torch.Tensor):
