@@ -845,7 +845,8 @@ _H100 = (
     (1024, None, Config(False, 128, 64, 1, 4, 8, 128, 128, 4, 8, 128)),
 )
 _B200 = (
-    (256, None, Config(False, 128, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
+    (128, None, Config(False, 128, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
+    (256, None, Config(False, 64, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
     (1024, None, Config(False, 128, 64, 1, 3, 8, 128, 128, 3, 8, 128)),
 )
 _A100 = (
