@@ -1,3 +1,4 @@
+#include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
 
@@ -6,20 +7,26 @@
 #include "column_sq_norm.h"
 #include "cuda_utils.h"
 
-// One launch: a thread block sums the squares of a chunk of rows of a strip of columns, its warps
-// taking turns at the rows and its lanes holding 16 bytes of columns each. The last block of a
-// strip to finish adds the chunks' sums in a fixed order, so the result has the same bits every
-// time.
+// One launch: a thread block sums the squares of a chunk of rows of a strip of columns, teams of
+// its threads taking turns at the rows and each thread holding 16 bytes of columns. The chunks'
+// sums of a strip are then added in a fixed order, so the result has the same bits every time:
+// where the blocks of a strip form a cluster by its first block, in shared memory, else by the last
+// block to finish, through global memory.
 
 namespace owlore {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;
-// Rows that a thread has in flight, and rows after which float sums go to double.
+// Rows that a thread has in flight, and rows after which its float sums go to double.
 constexpr int kUnroll = 4;
 constexpr int kRun = 32;
+// The most blocks that every device takes in a cluster.
+constexpr unsigned kMaxCluster = 8;
+// Threads that hold one row of a strip. Long rows are read faster, short ones make enough strips
+// for clusters to fill the device.
+constexpr int kTeam = 32;
+constexpr int kClusterTeam = 8;
 // Sums of squares below this may have lost terms to underflow.
 constexpr float kSmallestSum = 0x1p-80f;
 
@@ -70,11 +77,12 @@ struct Seen {
 };
 
 // Squares of one run of rows in double: for what float cannot sum.
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kTeams>
 __device__ void add_run_in_double(const Rows& rows, int64_t column, int64_t first, int64_t last,
                                   double* sums) {
   const T* data = static_cast<const T*>(rows.data) + column * rows.column_stride;
-  for (int64_t t = first; t < last; t += kWarps) {
+#pragma unroll(std::is_same_v<T, double> ? 4 : 1)
+  for (int64_t t = first; t < last; t += kTeams) {
     if (rows.counts(t)) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -85,21 +93,21 @@ __device__ void add_run_in_double(const Rows& rows, int64_t column, int64_t firs
   }
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kTeams>
 __device__ void add_run(const Rows& rows, int64_t column, int64_t first, int64_t last,
                         double* sums) {
   if constexpr (std::is_same_v<T, double>) {
-    add_run_in_double<T, kColumns>(rows, column, first, last, sums);
+    add_run_in_double<T, kColumns, kTeams>(rows, column, first, last, sums);
   } else {
     using Row = Pack<T, kColumns>;
     const T* data = static_cast<const T*>(rows.data) + column * rows.column_stride;
     float run[kColumns] = {};
     Seen<T, kColumns> seen;
-    for (int64_t t = first; t < last; t += kUnroll * kWarps) {
+    for (int64_t t = first; t < last; t += kUnroll * kTeams) {
       Row row[kUnroll] = {};
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t line = t + u * kWarps;
+        const int64_t line = t + u * kTeams;
         if (line < last && rows.counts(line)) {
           row[u] = *reinterpret_cast<const Row*>(data + rows.offset(line));
         }
@@ -121,7 +129,7 @@ __device__ void add_run(const Rows& rows, int64_t column, int64_t first, int64_t
       odd |= !(run[c] < HUGE_VALF) || (seen.nonzero(c) && run[c] < kSmallestSum);
     }
     if (odd) {
-      add_run_in_double<T, kColumns>(rows, column, first, last, sums);
+      add_run_in_double<T, kColumns, kTeams>(rows, column, first, last, sums);
       return;
     }
 #pragma unroll
@@ -131,45 +139,76 @@ __device__ void add_run(const Rows& rows, int64_t column, int64_t first, int64_t
   }
 }
 
-template <typename A>
-__device__ void add_to(void* acc, int64_t index, double sum) {
-  static_cast<A*>(acc)[index] += static_cast<A>(sum);
-}
+// One thread's share of a thread block's sums: those of one column of the strip, in an order of
+// columns that keeps threads out of each other's banks of shared memory.
+template <typename T, int kColumns, int kLanes>
+struct Strip {
+  static constexpr int kTeams = kThreads / kLanes;
+  static constexpr int kWidth = kLanes * kColumns;
+
+  int64_t begin = blockIdx.x * static_cast<int64_t>(kWidth);
+  int slot = threadIdx.x;
+  int64_t column = begin + slot % kLanes * kColumns + slot / kLanes;
+  bool has_column;
+
+  __device__ explicit Strip(int64_t n) : has_column(slot < kWidth && column < n) {}
+
+  __device__ double sum(const Rows& rows, double (&shared)[kTeams][kWidth]) const {
+    const int lane = threadIdx.x % kLanes;
+    const int team = threadIdx.x / kLanes;
+    const int64_t own = begin + lane * kColumns;
+    const int64_t first_row = rows.count * blockIdx.y / gridDim.y;
+    const int64_t last_row = rows.count * (blockIdx.y + 1) / gridDim.y;
+    constexpr int kStep = kRun * kTeams;
+    double sums[kColumns] = {};
+    if (own < rows.n) {
+      for (int64_t t = first_row + team; t < last_row; t += kStep) {
+        add_run<T, kColumns, kTeams>(rows, own, t, min(t + kStep, last_row), sums);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      shared[team][c * kLanes + lane] = sums[c];
+    }
+    __syncthreads();
+    double total = 0;
+    if (has_column) {
+      for (int w = 0; w < kTeams; ++w) {
+        total += shared[w][slot];
+      }
+    }
+    return total;
+  }
+};
+
+// Where the sums go.
+struct Accumulator {
+  void* data;
+  int64_t stride;
+  bool is_double;
+
+  __device__ void add(int64_t index, double sum) const {
+    if (is_double) {
+      static_cast<double*>(data)[index * stride] += sum;
+    } else {
+      static_cast<float*>(data)[index * stride] += static_cast<float>(sum);
+    }
+  }
+};
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     column_sq_norm_kernel(const __grid_constant__ Rows rows, double* partial, unsigned* finished,
-                          void* acc, int64_t acc_stride, bool acc_is_double) {
-  constexpr int kWidth = 32 * kColumns;
-  __shared__ double shared[kWarps][kWidth];
+                          const Accumulator acc) {
+  using OwnStrip = Strip<T, kColumns, kTeam>;
+  __shared__ double shared[OwnStrip::kTeams][OwnStrip::kWidth];
   __shared__ bool is_last;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int64_t strip = blockIdx.x * static_cast<int64_t>(kWidth);
-  const int64_t column = strip + lane * kColumns;
-  const int64_t begin = rows.count * blockIdx.y / gridDim.y;
-  const int64_t end = rows.count * (blockIdx.y + 1) / gridDim.y;
-
-  double sums[kColumns] = {};
-  if (column < rows.n) {
-    for (int64_t first = begin + warp; first < end; first += kRun * kWarps) {
-      add_run<T, kColumns>(rows, column, first, min(first + kRun * kWarps, end), sums);
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    shared[warp][lane * kColumns + c] = sums[c];
-  }
-  __syncthreads();
-
-  const int64_t mine = strip + threadIdx.x;
-  const bool has_column = threadIdx.x < kWidth && mine < rows.n;
-  double sum = 0;
-  if (has_column) {
-    for (int w = 0; w < kWarps; ++w) {
-      sum += shared[w][threadIdx.x];
-    }
-    partial[blockIdx.y * rows.n + mine] = sum;
+  const OwnStrip strip(rows.n);
+  double sum = strip.sum(rows, shared);
+  double* own = partial + strip.begin + strip.slot;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * OwnStrip::kWidth;
+  if (strip.has_column) {
+    own[blockIdx.y * stride] = sum;
   }
   __threadfence();
   __syncthreads();
@@ -177,20 +216,51 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     is_last = atomicAdd(&finished[blockIdx.x], 1u) == gridDim.y - 1;
   }
   __syncthreads();
-  if (!is_last || !has_column) {
+  if (!is_last || !strip.has_column) {
     return;
   }
   __threadfence();
   sum = 0;
 #pragma unroll 8
   for (unsigned chunk = 0; chunk < gridDim.y; ++chunk) {
-    sum += __ldcg(&partial[chunk * rows.n + mine]);
+    sum += __ldcg(&own[chunk * stride]);
   }
-  if (acc_is_double) {
-    add_to<double>(acc, mine * acc_stride, sum);
-  } else {
-    add_to<float>(acc, mine * acc_stride, sum);
+  acc.add(strip.column, sum);
+}
+
+// The chunks of a strip are the blocks of a cluster. Compute capability 9.0 and later.
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    column_sq_norm_cluster_kernel(const __grid_constant__ Rows rows, const Accumulator acc) {
+#if __CUDA_ARCH__ >= 900
+  using OwnStrip = Strip<T, kColumns, kClusterTeam>;
+  __shared__ double shared[OwnStrip::kTeams][OwnStrip::kWidth];
+  __shared__ double of_chunks[kMaxCluster][OwnStrip::kWidth];
+  const auto cluster = cooperative_groups::this_cluster();
+  // The launch does not wait for what is ahead in the stream, so this does.
+  cudaGridDependencySynchronize();
+  // A block's shared memory is there for others only once it runs.
+  cluster.barrier_arrive();
+  const OwnStrip strip(rows.n);
+  double sum = strip.sum(rows, shared);
+  cluster.barrier_wait();
+  if (strip.has_column) {
+    *cluster.map_shared_rank(&of_chunks[blockIdx.y][strip.slot], 0) = sum;
   }
+  cluster.barrier_arrive();
+  if (blockIdx.y > 0) {
+    return;
+  }
+  cluster.barrier_wait();
+  if (!strip.has_column) {
+    return;
+  }
+  sum = 0;
+  for (unsigned chunk = 0; chunk < gridDim.y; ++chunk) {
+    sum += of_chunks[chunk][strip.slot];
+  }
+  acc.add(strip.column, sum);
+#endif
 }
 
 // Merges the leading dimensions of x; true if two remain at most.
@@ -221,13 +291,75 @@ bool merge_rows(const Tensor& x, Rows* rows) {
   return true;
 }
 
+Accumulator accumulator(const Tensor& acc) {
+  return {acc.mutable_data_ptr(), acc.stride(0), acc.scalar_type() == ScalarType::Double};
+}
+
+// Whether the kernel was compiled with clusters: code for older devices can run on newer ones.
+bool has_clusters(const void* kernel, int32_t device) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major < 9) {
+    return false;
+  }
+  cudaFuncAttributes attributes{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
+
+// Launches one cluster per strip, all at once on the device; false if they would not fill it.
 template <typename T, int kColumns>
-void launch(Rows rows, const Tensor& acc, int32_t device) {
-  const int64_t strips = ceil_div(rows.n, 32 * kColumns);
-  // Enough blocks to fill the device once, each with a run of rows for every warp at least.
+bool launch_clusters(const Rows& rows, const Tensor& acc, int32_t device) {
+  using OwnStrip = Strip<T, kColumns, kClusterTeam>;
+  const auto kernel = column_sq_norm_cluster_kernel<T, kColumns>;
+  // With a mask the other kernel's longer rows are faster.
+  if (rows.mask != nullptr || !has_clusters(reinterpret_cast<const void*>(kernel), device)) {
+    return false;
+  }
+  const int64_t slots = static_cast<int64_t>(multiprocessors(device)) * kBlocksPerSm;
+  const int64_t strips = ceil_div(rows.n, OwnStrip::kWidth);
+  int64_t chunks = std::min<int64_t>(
+      {kMaxCluster, slots / strips, ceil_div(rows.count, kUnroll * OwnStrip::kTeams)});
+  for (; chunks > 0; --chunks) {
+    const bool fills = strips * chunks * 8 >= slots * 5;
+    const bool is_short = rows.count <= chunks * OwnStrip::kTeams * kRun;
+    if (!fills && !is_short) {
+      return false;
+    }
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = 1;
+    attributes[0].val.clusterDim.y = static_cast<unsigned>(chunks);
+    attributes[0].val.clusterDim.z = 1;
+    // Blocks may start while the kernel ahead in the stream still ends.
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(chunks));
+    config.blockDim = dim3(kThreads);
+    config.stream = current_stream(device);
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    if (clusters >= strips) {
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, rows, accumulator(acc)));
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T, int kColumns>
+void launch(const Rows& rows, const Tensor& acc, int32_t device) {
+  using OwnStrip = Strip<T, kColumns, kTeam>;
+  const int64_t strips = ceil_div(rows.n, OwnStrip::kWidth);
+  // Enough blocks to fill the device once, each with a run of rows for every team at least.
   const int64_t fill = std::max<int64_t>(1, multiprocessors(device) * kBlocksPerSm / strips);
-  const int64_t chunks = std::min<int64_t>({fill, ceil_div(rows.count, kUnroll * kWarps), 65535});
-  const int64_t partial_bytes = chunks * rows.n * static_cast<int64_t>(sizeof(double));
+  const int64_t chunks =
+      std::min<int64_t>({fill, ceil_div(rows.count, kUnroll * OwnStrip::kTeams), 65535});
+  const int64_t partial_bytes =
+      chunks * strips * OwnStrip::kWidth * static_cast<int64_t>(sizeof(double));
   const Tensor memory =
       scratch(acc, partial_bytes + strips * static_cast<int64_t>(sizeof(unsigned)));
   char* base = static_cast<char*>(memory.mutable_data_ptr());
@@ -236,8 +368,7 @@ void launch(Rows rows, const Tensor& acc, int32_t device) {
   STD_CUDA_CHECK(cudaMemsetAsync(finished, 0, strips * sizeof(unsigned), stream));
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(chunks));
   column_sq_norm_kernel<T, kColumns><<<grid, kThreads, 0, stream>>>(
-      rows, reinterpret_cast<double*>(base), finished, acc.mutable_data_ptr(), acc.stride(0),
-      acc.scalar_type() == ScalarType::Double);
+      rows, reinterpret_cast<double*>(base), finished, accumulator(acc));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -268,7 +399,10 @@ void column_sq_norm_cuda(Tensor acc, Tensor x, std::optional<Tensor> mask) {
   dispatch_float(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     if (vectorised) {
-      launch<T, 16 / sizeof(T)>(rows, acc, device);
+      constexpr int kColumns = 16 / sizeof(T);
+      if (!launch_clusters<T, kColumns>(rows, acc, device)) {
+        launch<T, kColumns>(rows, acc, device);
+      }
     } else {
       launch<T, 1>(rows, acc, device);
     }
