@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # Keeps the folder that a command runs in off Python's search path.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help venv install finetune test test-gpu lint format types bench clean
+.PHONY: help venv install finetune test test-gpu lint format types bench figures clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -80,6 +80,9 @@ types: $(VENV)/.dev-done ## check types: mypy
 
 bench: $(VENV)/.install-done ## run every benchmark of an op
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+figures: $(VENV)/.install-done ## write the README's charts and tables from the committed results
+	$(BIN)/python benchmarks/figures.py
 
 clean: ## remove what was built; .venv and runs/ stay
 	rm -rf build dist *.egg-info owlore/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,77 +1,141 @@
-"""Chart and table of the README from the committed results.
+"""Charts and tables of the README from the committed results.
 
     python benchmarks/figures.py
 
-Reads benchmarks/results/h100/*.json; writes benchmarks/results/h100/lowrank_adam.svg and prints the
-table in Markdown.
+Reads benchmarks/results/*/*.json, writes docs/figures/*.png and the tables between the markers in
+README.md. `--check` writes nothing and fails if a table is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "h100"
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+FIGURES = ROOT / "docs" / "figures"
+BLUE, GREY = "#0072b2", "#9a9a9a"
+Row = dict[str, Any]
 
 
-def load(name: str) -> list[dict[str, Any]]:
-    """Rows of one results file, without the machine line."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return []
-    return [row for row in json.loads(path.read_text()) if row["bench"] == name]
+def load(name: str, machine: str = "h100") -> list[Row]:
+    """Rows of one results file, without its machine lines."""
+    path = RESULTS / machine / f"{name}.json"
+    return [row for row in json.loads(path.read_text()) if row["bench"] != "machine"]
 
 
-def table(rows: list[dict[str, Any]], case: str) -> str:
-    """Milliseconds and share of the floor of one case, a line for each provider and setting."""
-    lines = [
-        "| provider | rank | gradient | rounding | ms | of the floor |",
-        "| --- |" + " --- |" * 5,
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def step_table() -> str:
+    """The low-rank step of one LLaMA-2-7B block, and of five."""
+    order = {"owlore": 0, "galore-torch": 1, "adamw-fused": 2, "torch.compile": 3, "reference": 4}
+    rows = [
+        row
+        for row in load("lowrank_adam")
+        if row["case"] in ("llama2-7b-block", "llama2-7b-5-blocks") and row["rank"] in (128, 256)
     ]
-    for row in rows:
-        if row["case"] == case:
-            texts = (row["provider"], row["rank"], row["path"], row["rounding"])
-            cells = [*map(str, texts), f"{row['ms']:.3f}", f"{row['fraction']:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows.sort(key=lambda r: (r["case"] != "llama2-7b-block", r["rank"], r["path"] != "dense",
+                             order[r["provider"]], r["rounding"]))  # fmt: skip
+    names = {"adamw-fused": "torch AdamW, fused, full rank", "reference": "PyTorch, eager",
+             "torch.compile": "PyTorch, compiled"}  # fmt: skip
+    return markdown(
+        ["blocks", "rank", "gradient", "provider", "rounding", "ms", "share of the floor"],
+        [
+            (
+                "5" if "5-blocks" in row["case"] else "1",
+                row["rank"],
+                "formed" if row["path"] == "dense" else "given in the basis",
+                names.get(row["provider"], row["provider"]),
+                row["rounding"],
+                f"{row['ms']:.2f}",
+                f"{row['fraction']:.2f}",
+            )
+            for row in rows
+        ],
+    )
 
 
-def chart(rows: list[dict[str, Any]], case: str, rank: int, path: Path) -> None:
-    """Bars of one case at one rank: the dense path, rounding to nearest, every provider."""
+def outlier_table() -> str:
+    """The outlier statistics: counts of a block, squared norms, the calibration pass."""
+    names = {"owlore": "owlore", "torch": "PyTorch, eager", "torch.compile": "PyTorch, compiled"}
+    cells: list[tuple[str, str, str, str]] = []
+    for row in load("outliers"):
+        ms = f"{row['ms']:.3f}"
+        if row["bench"] == "calibration":
+            share = f"{row['ms'] / row['forward_ms']:.3f} x the plain forward"
+            memory = f"{share}, {row['extra_mib']:.0f} MiB more"
+            cells.append(("calibration, 16 x 2048 tokens", "owlore", f"{row['ms']:.0f}", memory))
+        elif row["provider"] in names and row.get("thresholds", 8) == 8:
+            if row["bench"] == "outlier_count":
+                what, share = "mean and 8 counts of a block", row["floor_ms"] / row["ms"]
+                share_text = f"{share:.2f} of two reads at copy bandwidth"
+            else:
+                what = f"squared norms of {row['case'].replace('x', ' x ')}"
+                share_text = f"{row['fraction']:.2f} of the copy bandwidth"
+            cells.append((what, names[row["provider"]], ms, share_text))
+    return markdown(["LLaMA-2-7B shapes, bf16", "provider", "ms", ""], cells)
+
+
+def step_chart(path: Path) -> None:
+    """Bars of the step of five blocks at rank 128: gradients formed, rounding to nearest."""
     from matplotlib.figure import Figure
 
     chosen = [
         row
-        for row in rows
-        if row["case"] == case and row["rank"] == rank and row["path"] == "dense"
-        and row["rounding"] == "nearest"
-    ]  # fmt: skip
-    if not chosen:
-        return
+        for row in load("lowrank_adam")
+        if row["case"] == "llama2-7b-5-blocks"
+        and (row["rank"], row["path"], row["rounding"]) == (128, "dense", "nearest")
+    ]
     chosen.sort(key=lambda row: -row["ms"])
-    figure = Figure(figsize=(7, 0.5 * len(chosen) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh([row["provider"] for row in chosen], [row["ms"] for row in chosen])
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.axvline(chosen[0]["floor_ms"], color="black", linestyle=":", label="memory floor")
-    axes.set_xlabel(f"ms per step, {case}, rank {rank}, H100")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure = Figure(figsize=(8, 0.5 * len(chosen) + 1.3), dpi=130, layout="constrained")
+    ax = figure.subplots()
+    colours = [BLUE if row["provider"] == "owlore" else GREY for row in chosen]
+    bars = ax.barh([r["provider"] for r in chosen], [r["ms"] for r in chosen], color=colours)
+    ax.bar_label(bars, fmt="%.2f", padding=3)
+    floor = chosen[0]["floor_ms"]
+    ax.axvline(floor, color="black", linestyle=":", label=f"memory floor, {floor:.2f} ms")
+    ax.set_xlabel("ms for the step of 5 LLaMA-2-7B blocks (35 matrices), rank 128, H100")
+    ax.legend(frameon=False, loc="upper right")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
 
 
-def main() -> None:
-    """Writes the chart and prints the tables."""
+def filled(readme: str, tables: dict[str, str]) -> str:
+    """The README with each table between its markers."""
+    for name, table in tables.items():
+        start, end = f"<!-- {name}: make figures -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
+        assert pattern.search(readme), f"README.md has no place for {name}"
+        readme = pattern.sub(f"{start}\n{table}\n{end}", readme)
+    return readme
+
+
+def main() -> int:
+    """Writes charts and tables, or checks the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="llama2-7b-5-blocks")
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--check", action="store_true", help="only compare the tables")
     args = parser.parse_args()
-    rows = load("lowrank_adam")
-    print(table(rows, args.case))
-    chart(rows, args.case, args.rank, RESULTS / "lowrank_adam.svg")
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = filled(before, {"step": step_table(), "outliers": outlier_table()})
+    if args.check:
+        if after != before:
+            print("README.md does not show the committed results: run make figures")
+        return int(after != before)
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    step_chart(FIGURES / "step.png")
+    path.write_text(after, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from owlore.config import PRESETS, OwLoreConfig
@@ -46,6 +48,12 @@ def test_make_targets_exist():
     named &= {"finetune", "test", "test-gpu", "lint", "types", "bench", "help", "figures"}
     assert {"finetune", "test"} <= named
     assert named <= targets
+
+
+def test_tables_are_those_of_the_committed_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "figures.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_files_that_are_linked_exist():
