@@ -66,7 +66,8 @@ class Options(TypedDict, total=False):
     blocks_path: str | None
 
 
-def _option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field with a line of help, and the values it may have if they are few."""
     return field(default=default, metadata={"help": text, "choices": tuple(choices)})
 
 
@@ -80,44 +81,44 @@ class OwLoreConfig:
         TypeError: A value is of the wrong type, or an option is unknown.
     """
 
-    lr: float = _option(3e-4, "learning rate")
-    betas: tuple[float, float] = _option((0.9, 0.999), "decay of the first and second moment")
-    eps: float = _option(1e-8, "added to Adam's denominator after bias correction")
-    weight_decay: float = _option(0.0, "decoupled decay of weights with two or more dimensions")
-    scale: float = _option(1.0, "factor on the low-rank update (GaLore's alpha)")
-    blocks: int | str = _option(5, "decoder blocks that train at a time (gamma), or 'all'")
-    rank: int | None = _option(128, "rank of the subspace; 'none' trains drawn blocks densely")
-    interval: int = _option(50, "optimizer steps between draws")
-    distribution: Distribution = _option(
+    lr: float = option(3e-4, "learning rate")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the first and second moment")
+    eps: float = option(1e-8, "added to Adam's denominator after bias correction")
+    weight_decay: float = option(0.0, "decoupled decay of weights with two or more dimensions")
+    scale: float = option(1.0, "factor on the low-rank update (GaLore's alpha)")
+    blocks: int | str = option(5, "decoder blocks that train at a time (gamma), or 'all'")
+    rank: int | None = option(128, "rank of the subspace; 'none' trains drawn blocks densely")
+    interval: int = option(50, "optimizer steps between draws")
+    distribution: Distribution = option(
         "outlier",
         f"how likely a block is drawn: {', '.join(DISTRIBUTIONS)} or package.module:function",
     )
-    draw: str = _option(
+    draw: str = option(
         "sequential", "one block after another, or exact inclusion probabilities", DRAWS
     )
-    floor: float = _option(0.0, "share of the probability spread evenly over all blocks, 0 to 1")
-    scores: Any = _option(None, "outlier score of each block: a scores.json or a list of numbers")
-    side: str = _option("std", "which side of a weight is projected", SIDES)
-    basis: str = _option("subspace", "how the basis is found in the gradient", BASES)
-    power_iterations: int = _option(2, "power iterations of basis='subspace'")
-    oversampling: int = _option(8, "extra columns of basis='subspace'")
-    refresh_interval: int = _option(200, "steps between refreshes of a basis while a block stays")
-    on_refresh: str = _option("keep", "what happens to the moments at a refresh", ON_REFRESH)
-    state: str = _option("reset", "what happens to a block's state when it is left", STATES)
-    embeddings: str = _option("full", "how the embeddings train", ("full", "freeze", "lowrank"))
-    head: str = _option("full", "how the LM head trains", ("full", "freeze", "lowrank"))
-    norms: str = _option("full", "how norms and biases train", ("full", "freeze"))
-    other: str = _option("freeze", "how parameters that fit no scheme train", ("freeze", "full"))
-    dense_lr: float | None = _option(None, "learning rate outside low-rank weights (default: lr)")
-    dense_moments: str = _option(
+    floor: float = option(0.0, "share of the probability spread evenly over all blocks, 0 to 1")
+    scores: Any = option(None, "outlier score of each block: a scores.json or a list of numbers")
+    side: str = option("std", "which side of a weight is projected", SIDES)
+    basis: str = option("subspace", "how the basis is found in the gradient", BASES)
+    power_iterations: int = option(2, "power iterations of basis='subspace'")
+    oversampling: int = option(8, "extra columns of basis='subspace'")
+    refresh_interval: int = option(200, "steps between refreshes of a basis while a block stays")
+    on_refresh: str = option("keep", "what happens to the moments at a refresh", ON_REFRESH)
+    state: str = option("reset", "what happens to a block's state when it is left", STATES)
+    embeddings: str = option("full", "how the embeddings train", ("full", "freeze", "lowrank"))
+    head: str = option("full", "how the LM head trains", ("full", "freeze", "lowrank"))
+    norms: str = option("full", "how norms and biases train", ("full", "freeze"))
+    other: str = option("freeze", "how parameters that fit no scheme train", ("freeze", "full"))
+    dense_lr: float | None = option(None, "learning rate outside low-rank weights (default: lr)")
+    dense_moments: str = option(
         "auto",
         "moments of embeddings, head, norms and biases; auto: bf16 for bf16 weights",
         ("auto", *MOMENTS),
     )
-    moments: str = _option("fp32", "moments of the blocks' weights", MOMENTS)
-    rounding: str = _option("stochastic", "how bf16 weights are rounded", ROUNDINGS)
-    seed: int = _option(0, "seed of draws, random test matrices and rounding")
-    blocks_path: str | None = _option(None, "where the block list is ('model.layers'), if unclear")
+    moments: str = option("fp32", "moments of the blocks' weights", MOMENTS)
+    rounding: str = option("stochastic", "how bf16 weights are rounded", ROUNDINGS)
+    seed: int = option(0, "seed of draws, random test matrices and rounding")
+    blocks_path: str | None = option(None, "where the block list is ('model.layers'), if unclear")
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list):
@@ -245,6 +246,18 @@ def resolve_distribution(distribution: Distribution) -> Distribution:
     return function
 
 
+def check_choices(options: Any) -> None:
+    """Raises ValueError for the first field of a dataclass that has none of its choices."""
+    for entry in dataclasses.fields(options):
+        choices = entry.metadata["choices"]
+        value = getattr(options, entry.name)
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            expected = ", ".join(choices)
+            raise ValueError(f"{entry.name}: expected one of {expected}, got {value!r}{hint}")
+
+
 def importable(function: Callable[..., Any]) -> bool:
     """Whether a function has a name under which 'package.module:function' finds it."""
     # Lambdas, local functions and functools.partial have none.
@@ -290,14 +303,7 @@ def _validate(config: OwLoreConfig) -> None:
         _whole(name, getattr(config, name), 0)
     if config.seed >= 2**63:
         raise ValueError(f"seed: expected a number below 2^63, got {config.seed}")
-    for entry in dataclasses.fields(config):
-        choices = entry.metadata["choices"]
-        value = getattr(config, entry.name)
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            expected = ", ".join(choices)
-            raise ValueError(f"{entry.name}: expected one of {expected}, got {value!r}{hint}")
+    check_choices(config)
     if not (callable(config.distribution) or isinstance(config.distribution, str)):
         kind = type(config.distribution).__name__
         raise TypeError(f"distribution: expected a name or a function, got {kind}")
