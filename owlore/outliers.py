@@ -9,10 +9,11 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -183,10 +184,6 @@ class _ColumnNorms:
         self._seen = None
 
     def watch(self, name: str, layer: nn.Module, features: int) -> RemovableHandle:
-        device = layer.weight.device
-        assert isinstance(device, torch.device)
-        acc = self.sums[name] = torch.zeros(features, dtype=torch.float64, device=device)
-
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             # Query, key and value, or gate and up, are called with one tensor after each other:
@@ -196,7 +193,10 @@ class _ColumnNorms:
                 self._part = torch.zeros(features, dtype=torch.float64, device=x.device)
                 ops.column_sq_norm_(self._part, x, self._mask_for(name, x))
                 self._seen = (x, x._version)
-            acc.add_(self._part.to(acc.device))
+            if name in self.sums:
+                self.sums[name].add_(self._part)
+            else:
+                self.sums[name] = self._part.clone()
 
         return layer.register_forward_pre_hook(hook)
 
@@ -272,7 +272,7 @@ def outlier_scores(
         logger.info("%s was made from other weights, data or threshold: computed anew", cache)
     _log_left_out(layout)
     watcher = _ColumnNorms()
-    _calibrate(model, layout, layers, batches, watcher)
+    _calibrate(model, layers, batches, watcher)
     scores = _score(layers, watcher.sums, threshold, tokens, _model_name(model), hashes)
     if cache is not None:
         scores.save(cache)
@@ -288,9 +288,36 @@ def _check_threshold(threshold: float | str) -> None:
         raise ValueError(f"threshold: expected a number above 0 or 'auto', got {threshold!r}")
 
 
-def _linear_weights(layout: blocks.Layout) -> list[list[tuple[str, Tensor]]]:
-    """Name and weight [out, in] of each linear layer, block by block."""
-    layers: list[list[tuple[str, Tensor]]] = []
+class _Linear(NamedTuple):
+    """A linear layer and its full name."""
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [out, in]."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().mT if self.transposed else weight.detach()
+
+
+@contextmanager
+def _in_memory(block: Sequence[_Linear]) -> Iterator[None]:
+    """Brings in the weights that accelerate keeps elsewhere (device_map with cpu or disk)."""
+    with ExitStack() as stack:
+        for layer in block:
+            if layer.weight.is_meta:
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(layer.module))
+        yield
+
+
+def _linear_weights(layout: blocks.Layout) -> list[list[_Linear]]:
+    """The linear layers with float weights, block by block."""
+    layers: list[list[_Linear]] = []
     for index, block in enumerate(layout.blocks):
         layers.append([])
         for name, layer, transposed in blocks.linear_layers(block):
@@ -299,14 +326,13 @@ def _linear_weights(layout: blocks.Layout) -> list[list[tuple[str, Tensor]]]:
             if not isinstance(weight, Tensor) or not weight.is_floating_point():
                 logger.warning("%s is left out of the scores: no float weight", full)
                 continue
-            layers[-1].append((full, weight.detach().mT if transposed else weight.detach()))
+            layers[-1].append(_Linear(full, layer, transposed))
     return layers
 
 
 def _calibrate(
     model: nn.Module,
-    layout: blocks.Layout,
-    layers: Sequence[Sequence[tuple[str, Tensor]]],
+    layers: Sequence[Sequence[_Linear]],
     batches: Sequence[tuple[Tensor, Tensor]],
     watcher: _ColumnNorms,
 ) -> None:
@@ -317,14 +343,10 @@ def _calibrate(
     handles = []
     training = [(module, module.training) for module in model.modules()]
     try:
-        for index, block in enumerate(layout.blocks):
-            features = {name: W.shape[1] for name, W in layers[index]}
-            for name, layer, _ in blocks.linear_layers(block):
-                full = f"{layout.blocks_path}.{index}.{name}"
-                if full in features:
-                    handles.append(watcher.watch(full, layer, features[full]))
+        for layer in (layer for block in layers for layer in block):
+            handles.append(watcher.watch(layer.name, layer.module, layer.weight.shape[1]))
         model.eval()
-        device = next(base.parameters()).device
+        device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
         for ids, mask in batches:
             watcher.begin(mask)
             base(input_ids=ids.to(device), attention_mask=mask.to(device).long(), **options)
@@ -367,14 +389,17 @@ def _at_threshold(found: OutlierScores, threshold: float | str) -> OutlierScores
     return found if found.threshold == wanted else None
 
 
-def _hash_weights(layers: Sequence[Sequence[tuple[str, Tensor]]]) -> str:
+def _hash_weights(layers: Sequence[Sequence[_Linear]]) -> str:
     """Fingerprint of the weights: names, shapes, and about 1,000 elements spread over each."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, W in (layer for block in layers for layer in block):
-        rows, columns = (max(1, size // 32) for size in W.shape)
-        sample = W[::rows, ::columns].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(W.shape)} ".encode())
-        digest.update(sample.numpy().tobytes())
+    for block in layers:
+        with _in_memory(block):
+            for layer in block:
+                W = layer.weight
+                rows, columns = (max(1, size // 32) for size in W.shape)
+                sample = W[::rows, ::columns].float().cpu().contiguous()
+                digest.update(f"{layer.name} {tuple(W.shape)} ".encode())
+                digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -411,7 +436,7 @@ def _model_name(model: nn.Module) -> str:
 
 
 def _score(
-    layers: Sequence[Sequence[tuple[str, Tensor]]],
+    layers: Sequence[Sequence[_Linear]],
     sums: Mapping[str, Tensor],
     threshold: float | str,
     tokens: int,
@@ -424,10 +449,11 @@ def _score(
     # One row of counts for each layer of each block, moved to the host once all are queued.
     counted = []
     for block in layers:
-        norms = [sums[name].sqrt() for name, _ in block]
-        counted.append(ops.outlier_counts([W for _, W in block], norms, taus)[0])
+        with _in_memory(block):
+            weights = [layer.weight for layer in block]
+            counted.append(ops.outlier_counts(weights, _norms(block, sums), taus)[0])
     counts = [block.tolist() for block in counted]
-    sizes = [sum(W.numel() for _, W in block) for block in layers]
+    sizes = [sum(layer.weight.numel() for layer in block) for block in layers]
     table = [
         (
             tau,
@@ -438,8 +464,20 @@ def _score(
     chosen = choose_threshold(table) if threshold == "auto" else float(threshold)
     q = taus.index(chosen)
     shares = {
-        name: row[q] / W.numel()
+        layer.name: row[q] / layer.weight.numel()
         for block, rows in zip(layers, counts, strict=True)
-        for (name, W), row in zip(block, rows, strict=True)
+        for layer, row in zip(block, rows, strict=True)
     }
     return OutlierScores(table[q][1], chosen, shares, tokens, model, sorted(table), *hashes)
+
+
+def _norms(block: Sequence[_Linear], sums: Mapping[str, Tensor]) -> list[Tensor]:
+    """Norm of each input feature, on the weights' devices; zero for a layer that never ran."""
+    norms = []
+    for name, weight in ((layer.name, layer.weight) for layer in block):
+        total = sums.get(name)
+        if total is None:
+            # An expert that no token was routed to.
+            total = torch.zeros(weight.shape[1], dtype=torch.float64)
+        norms.append(total.to(weight.device).sqrt())
+    return norms

@@ -544,6 +544,25 @@ def test_an_input_that_changed_in_place_is_summed_again():
     torch.testing.assert_close(watcher.sums["second"], 100 * want, rtol=1e-6, atol=0)
 
 
+def test_weights_that_accelerate_keeps_elsewhere_are_brought_in(tiny_llama):
+    from accelerate import cpu_offload
+
+    sequences = random_sequences()
+    want = outlier_scores(tiny_llama, sequences)
+    offloaded = cpu_offload(tiny_llama, execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+    assert outlier_scores(offloaded, sequences) == want
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_autocast_to_bfloat16_changes_little(llama):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = outlier_scores(llama, story_sequences(), threshold=3.0)
+    want = outlier_scores(llama, story_sequences(), threshold=3.0)
+    # Activations in bfloat16 carry 2^-9; the norms are sums over hundreds of tokens.
+    np.testing.assert_allclose(found.scores, want.scores, rtol=0.02)
+
+
 def test_the_table_holds_every_threshold(tiny_llama):
     sequences = random_sequences()
     found = outlier_scores(tiny_llama, sequences, threshold=4.5)
