@@ -279,7 +279,7 @@ def _outliers(arguments: Sequence[str]) -> int:
     out = Path(found.out)
     if not out.parent.is_dir():
         raise UsageError(f"--out: the folder {out.parent} does not exist")
-    from owlore import finetune, report, sampling
+    from owlore import blocks, finetune, report, sampling
     from owlore.data import read_jsonl, tokenize
     from owlore.models import load
 
@@ -302,7 +302,8 @@ def _outliers(arguments: Sequence[str]) -> int:
         # A small model may have fewer blocks than are planned for by default.
         gamma = min(values["blocks"], sum(score > 0 for score in scores.scores))
         plan = (gamma, "sequential", values["steps"], values["interval"])
-        idle = report.plot_outliers(picture, scores, *plan)
+        norms = blocks.weight_norms(blocks.find_layout(loaded.model))
+        idle = report.plot_outliers(picture, scores, *plan, weight_norms=norms)
         if idle:
             print(
                 f"blocks more likely never trained than trained in {values['steps']} steps: "

@@ -189,12 +189,18 @@ def _layer_types(layers: dict[str, float]) -> dict[str, float]:
 
 
 def plot_outliers(
-    path: str | Path, scores: OutlierScores, gamma: int, method: str, steps: int, interval: int
+    path: str | Path,
+    scores: OutlierScores,
+    gamma: int,
+    method: str,
+    steps: int,
+    interval: int,
+    weight_norms: Sequence[float] | None = None,
 ) -> list[int]:
     """Draws what a person wants to know of the scores before a run.
 
-    Score of each block, mean share of each kind of layer, probabilities under each distribution
-    that needs no more than the scores, and how much a planned run trains each block.
+    Score of each block, mean share of each kind of layer, probabilities under each distribution,
+    and how much a planned run trains each block.
 
     Args:
         path: The PNG to write.
@@ -203,6 +209,7 @@ def plot_outliers(
         method: "sequential" or "inclusion".
         steps: Optimizer steps of the planned run.
         interval: Steps between its draws.
+        weight_norms: Norm of each block's weights; None leaves that distribution out. [L]
 
     Returns:
         The blocks that the planned run more likely never trains than trains.
@@ -236,8 +243,10 @@ def plot_outliers(
     styles = {"outlier": (ORANGE, "-", 2.2), "reverse": ("#009e73", "-", 1.4),
               "increase": ("#56b4e9", "--", 1.2), "decrease": ("#cc79a7", "--", 1.2),
               "uniform": ("black", ":", 1.2)}  # fmt: skip
+    if weight_norms is not None:
+        styles["weight_norm"] = ("#d55e00", ":", 1.4)
     for name, (colour, line, width) in styles.items():
-        values = 100 * sampling.probabilities(name, n, scores.scores)
+        values = 100 * sampling.probabilities(name, n, scores.scores, weight_norms)
         bottom.plot(index, values, color=colour, linestyle=line, linewidth=width, label=name)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("probability (%)")

@@ -229,4 +229,5 @@ def test_plot_of_scores_names_the_blocks_out_of_reach(tmp_path: Path) -> None:
     file = tmp_path / "scores.png"
     assert report.plot_outliers(file, scores, 1, "sequential", 100, 50) == [1, 2]
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert report.plot_outliers(file, scores, 1, "sequential", 10**6, 50) == []
+    plan = (1, "sequential", 10**6, 50)
+    assert report.plot_outliers(file, scores, *plan, weight_norms=[1.0, 2.0, 3.0]) == []
