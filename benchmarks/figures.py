@@ -109,6 +109,34 @@ def step_chart(path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def outlier_chart(path: Path) -> None:
+    """Bars of the counts of a block and of the squared norms, each with its floor."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in load("outliers") if row.get("thresholds", 8) == 8]
+    panels = {
+        "mean and 8 counts, LLaMA-2-7B block": [r for r in rows if r["bench"] == "outlier_count"],
+        "squared norms, 8192 x 4096": [r for r in rows if r.get("case") == "8192x4096"],
+        "squared norms, 8192 x 11008": [r for r in rows if r.get("case") == "8192x11008"],
+    }
+    figure = Figure(figsize=(9, 2.8), dpi=130, layout="constrained")
+    for ax, (title, found) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        shown = sorted((r for r in found if "mask" not in r["provider"]), key=lambda r: -r["ms"])
+        colours = [BLUE if row["provider"] == "owlore" else GREY for row in shown]
+        bars = ax.barh([r["provider"] for r in shown], [r["ms"] for r in shown], color=colours)
+        ax.bar_label(bars, fmt="%.3g", padding=3)
+        own = next(row for row in shown if row["provider"] == "owlore")
+        floor = own.get("floor_ms", own["ms"] * own.get("fraction", 1))
+        ax.axvline(floor, color="black", linestyle=":", label="copy-bandwidth floor")
+        ax.set_xlim(right=1.25 * shown[0]["ms"])
+        ax.set_xlabel("ms, H100, bf16")
+        ax.set_title(title, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def filled(readme: str, tables: dict[str, str]) -> str:
     """The README with each table between its markers."""
     for name, table in tables.items():
@@ -133,6 +161,7 @@ def main() -> int:
         return int(after != before)
     FIGURES.mkdir(parents=True, exist_ok=True)
     step_chart(FIGURES / "step.png")
+    outlier_chart(FIGURES / "outliers.png")
     path.write_text(after, encoding="utf-8")
     return 0
 

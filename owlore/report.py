@@ -251,7 +251,7 @@ def plot_outliers(
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("probability (%)")
     bottom.set_title("How likely a block is drawn, by distribution", fontsize=11, loc="left")
-    bottom.legend(fontsize=9, frameon=False, ncols=3)
+    bottom.legend(fontsize=9, frameon=False, ncols=2, loc="upper center")
     colours = [ORANGE if never[block] <= 0.5 else "#999999" for block in index]
     plan.bar(index, share * steps, color=colours, width=0.75)
     plan.set_ylabel("expected steps of training")
