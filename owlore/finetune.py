@@ -605,7 +605,6 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     out.mkdir(parents=True, exist_ok=True)
     if scores is not None and not scores_file.is_file():
         scores.save(scores_file)
-        open_up(scores_file)
     write_json(out / "run.json", run)
 
     checkpoint = _last_checkpoint(out / "checkpoints") if options.resume else None

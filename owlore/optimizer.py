@@ -131,7 +131,6 @@ class OwLore(Optimizer):
         n = len(layout.blocks)
         self.config = given
         self._layout = layout
-        self._gamma = n if given.blocks == "all" else int(given.blocks)
         scores = None if given.scores is None else read_scores(given.scores)
         self._scores = None if scores is None else sampling.check_scores(scores, n).tolist()
         norms = blocks.weight_norms(layout) if given.distribution == "weight_norm" else None
@@ -142,8 +141,8 @@ class OwLore(Optimizer):
             before.update(hook.flags)
         members = _choose_members(layout, given, before)
         self._p = _without_frozen_blocks(p, members)
-        if given.blocks == "all":
-            self._gamma = int((self._p > 0).sum())
+        drawable = int((self._p > 0).sum())
+        self._gamma = drawable if given.blocks == "all" else int(given.blocks)
         sampling.check_drawable(self._p, self._gamma)
         self._sealed = False
         super().__init__(_param_groups(members, given), {"lr": given.lr})
@@ -168,6 +167,7 @@ class OwLore(Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned: set[str] = set()
         self._reported_skips = 0
+        self._detached = False
         for key, hook in earlier.items():
             if hook.optimizer is not None:
                 warnings.warn(
@@ -351,8 +351,6 @@ class OwLore(Optimizer):
         self._pending.clear()
         self._energy.clear()
         self._detached = True
-
-    _detached = False
 
     # The step.
 
