@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .common import (
     TL_DTYPES,
+    Launch,
+    Prepared,
+    Tables,
+    aligned,
     bias_correction,
-    keep_if_captured,
+    fixed_key,
     pointer,
     remember,
-    scalars,
     upload,
 )
 from .rounding import counter_words, eight_halves, stochastic_round
@@ -36,7 +39,7 @@ _FIELDS = 20
 # Programs of 4096 elements: 16 for each thread of eight warps.
 _BLOCK = 4096
 _WARPS = 8
-_MOST_PLANS = 16
+_MOST_KEPT = 16
 
 
 @triton.jit
@@ -168,7 +171,76 @@ def _adamw_kernel(
     tl.store(v_ptr + v_at, _rounded(V, V_old, row, group, eighth, key, 2, DENSE), mask=mask)
 
 
-_plans: dict[tuple, list[tuple]] = {}
+_prepared: dict[tuple, Prepared] = {}
+_launches: dict[tuple, Launch] = {}
+
+
+def prepare_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    stochastic: bool,
+    seed: int,
+    streams: Sequence[int],
+) -> Prepared | None:
+    """Prepares steps on these tensors; gradients may move from step to step.
+
+    Returns:
+        The step, one launch for each combination of dtypes, or None if the tensors are of a kind
+        the kernel does not cover.
+    """
+    device = params[0].device
+    groups: dict[tuple, tuple[list[int], list[list[int]], list[int]]] = {}
+    for index, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        W, G, M, V = tensors
+        if not all(x.dtype in TL_DTYPES for x in tensors) or M.dtype != V.dtype:
+            return None
+        if W.numel() == 0:
+            continue
+        cols = W.shape[-1] if W.dim() else 1
+        rows = W.numel() // cols
+        contiguous = all(x.is_contiguous() for x in tensors)
+        if not contiguous and W.dim() != 2:
+            return None
+        dense = contiguous and cols % 8 == 0
+        row = [W.data_ptr(), 0, M.data_ptr(), V.data_ptr(), steps[index].data_ptr()]
+        row += [rows, cols, streams[index] & 0xFFFFFFFF, index]
+        for x in tensors:
+            row += [cols, 1] if contiguous else x.stride()
+        row += [0] * (_FIELDS - len(row))
+        common = (W.dtype, G.dtype, M.dtype, dense, dense and aligned(tensors))
+        members, table, sizes = groups.setdefault(common, ([], [], []))
+        members.append(index)
+        table.append(row)
+        sizes.append(W.numel())
+    prepared = [
+        (members, [_launch(common, sizes, stochastic, device)], Tables(table, device))
+        for common, (members, table, sizes) in groups.items()
+    ]
+    return Prepared(prepared, grads, seed, grad_columns=[_G.value])
+
+
+def _launch(common: tuple, sizes: Sequence[int], stochastic: bool, device: torch.device) -> Launch:
+    """The launch over parameters of these sizes; large ones have many tiles."""
+    key = (common, tuple(sizes), stochastic, device)
+    launch = _launches.get(key)
+    if launch is None:
+        counts = torch.tensor([triton.cdiv(size, _BLOCK) for size in sizes])
+        which = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        block = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
+        w_dtype, g_dtype, m_dtype, dense, is_aligned = common
+        constants = {
+            "FIELDS": _FIELDS, "W_DTYPE": TL_DTYPES[w_dtype], "G_DTYPE": TL_DTYPES[g_dtype],
+            "M_DTYPE": TL_DTYPES[m_dtype], "STOCHASTIC": stochastic and w_dtype == torch.bfloat16,
+            "DENSE": dense, "ALIGNED": is_aligned, "BLOCK": _BLOCK, "num_warps": _WARPS,
+        }  # fmt: skip
+        tiles = upload(torch.stack((which, block), dim=1).to(torch.int32), device)
+        launch = Launch(_adamw_kernel, tiles, constants)
+        remember(_launches, key, launch, _MOST_KEPT)
+    return launch
 
 
 def launch_adamw(
@@ -196,87 +268,16 @@ def launch_adamw(
     """
     if not params:
         return True
-    device = params[0].device
-    key = (
-        tuple(
-            (W.data_ptr(), W.shape, W.stride(), W.dtype, G.data_ptr(), G.stride(), G.dtype,
-             M.data_ptr(), M.stride(), M.dtype, V.data_ptr(), V.stride(), V.dtype, t.data_ptr())
-            for W, G, M, V, t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-        ),
-        tuple(streams), stochastic, device,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        made = _plan(params, grads, exp_avgs, exp_avg_sqs, steps, streams, stochastic)
-        if made is None:
+    key = fixed_key((params, exp_avgs, exp_avg_sqs, steps), stochastic, seed, tuple(streams))
+    options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    prepared = _prepared.get(key)
+    if prepared is None or not prepared.launch(grads, lr, nonfinite, rng_step, **options):
+        prepared = prepare_adamw(
+            params, grads, exp_avgs, exp_avg_sqs, steps, stochastic=stochastic, seed=seed,
+            streams=streams,
+        )  # fmt: skip
+        if prepared is None:
             return False
-        plan = made
-        remember(_plans, key, plan, _MOST_PLANS)
-    values = scalars(beta1, beta2, eps, weight_decay, seed)
-    keep_if_captured(device, plan)
-    with torch.cuda.device_of(params[0]):
-        for (table, _), (tiles, _), constants in plan:
-            _adamw_kernel[(tiles.shape[0],)](
-                table_ptr=table,
-                tiles_ptr=tiles,
-                lr_ptr=lr,
-                nonfinite_ptr=nonfinite,
-                rng_step_ptr=rng_step,
-                **values,
-                **constants,
-                num_warps=_WARPS,
-            )
+        remember(_prepared, key, prepared, _MOST_KEPT)
+        prepared.launch(grads, lr, nonfinite, rng_step, **options)
     return True
-
-
-def _plan(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    streams: Sequence[int],
-    stochastic: bool,
-) -> list[tuple] | None:
-    """Table, tiles and constants of each launch; None = not covered."""
-    device = params[0].device
-    groups: dict[tuple, tuple[list, list]] = {}
-    for index, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        W, G, M, V = tensors
-        if not all(x.dtype in TL_DTYPES for x in tensors) or M.dtype != V.dtype:
-            return None
-        if W.numel() == 0:
-            continue
-        cols = W.shape[-1] if W.dim() else 1
-        rows = W.numel() // cols
-        contiguous = all(x.is_contiguous() for x in tensors)
-        if not contiguous and W.dim() != 2:
-            return None
-        dense = contiguous and cols % 8 == 0
-        aligned = dense and all(x.data_ptr() % 16 == 0 for x in tensors)
-        row = [x.data_ptr() for x in (*tensors, steps[index])]
-        row += [rows, cols, streams[index] & 0xFFFFFFFF, index]
-        for x in tensors:
-            row += [cols, 1] if contiguous else x.stride()
-        row += [0] * (_FIELDS - len(row))
-        common = (W.dtype, G.dtype, M.dtype, dense, aligned)
-        table, tiles = groups.setdefault(common, ([], []))
-        tiles += [(len(table), block) for block in range(-(-W.numel() // _BLOCK))]
-        table.append(row)
-    return [
-        (
-            upload(table, torch.int64, device),
-            upload(tiles, torch.int32, device),
-            {
-                "FIELDS": _FIELDS,
-                "W_DTYPE": TL_DTYPES[w_dtype],
-                "G_DTYPE": TL_DTYPES[g_dtype],
-                "M_DTYPE": TL_DTYPES[m_dtype],
-                "STOCHASTIC": stochastic and w_dtype == torch.bfloat16,
-                "DENSE": dense,
-                "ALIGNED": aligned,
-                "BLOCK": _BLOCK,
-            },
-        )
-        for (w_dtype, g_dtype, m_dtype, dense, aligned), (table, tiles) in groups.items()
-    ]

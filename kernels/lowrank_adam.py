@@ -18,12 +18,14 @@ from torch import Tensor
 
 from .common import (
     TL_DTYPES,
-    arena,
+    Launch,
+    Prepared,
+    Tables,
+    aligned,
     bias_correction,
-    keep_if_captured,
+    fixed_key,
     pointer,
     remember,
-    scalars,
     upload,
 )
 from .rounding import rounding_bits, stochastic_round
@@ -885,7 +887,7 @@ class _Group(NamedTuple):
     """Matrices that share their launches."""
 
     members: list[int]
-    launches: list[tuple]
+    launches: list[Launch]
     # Places of N, R and the kept flags of each matrix in the arena, or None; and the arena's size.
     scratch: list[tuple[int | None, int | None, int | None]]
     scratch_size: int
@@ -900,9 +902,74 @@ def _layout(W: Tensor, G: Tensor | None) -> int:
     return STRIDED
 
 
-_plans: dict[tuple, tuple[list[_Group], dict[tuple, list[list[Tensor]]]]] = {}
+_plans: dict[tuple, list[_Group]] = {}
+_prepared: dict[tuple, Prepared] = {}
 _MOST_PLANS = 16
-_MOST_TABLES = 4
+
+
+def prepare_lowrank_adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    sides: Sequence[str],
+    stochastic: bool,
+    seed: int,
+    streams: Sequence[int],
+    projected: bool = False,
+    config: Config | None = None,
+) -> Prepared | None:
+    """Prepares steps on these tensors; gradients may move from step to step.
+
+    Args beyond the op's:
+        config: Launch configuration instead of the table's.
+
+    Returns:
+        The step, or None if the tensors are of a kind the kernels do not cover.
+    """
+    device = params[0].device
+    shapes = tuple(
+        [
+            (W.shape, W.stride(), W.dtype, G.stride(), G.dtype, P.shape, P.stride(), P.dtype,
+             M.stride(), M.dtype, V.stride(), V.dtype, s, aligned((W, G, P, M, V)))
+            for W, G, P, M, V, s in zip(
+                params, grads, bases, exp_avgs, exp_avg_sqs, sides, strict=True
+            )
+        ]
+    )  # fmt: skip
+    key = (shapes, projected, stochastic, device, config)
+    groups = _plans.get(key)
+    if groups is None:
+        groups = _plan(
+            params, grads, bases, exp_avgs, exp_avg_sqs, sides, projected, stochastic, config
+        )
+        if groups is None:
+            return None
+        remember(_plans, key, groups, _MOST_PLANS)
+    prepared = []
+    for group in groups:
+        rows = []
+        for i, places in zip(group.members, group.scratch, strict=True):
+            n_place, r_place, kept_place = (place or 0 for place in places)
+            W, G = params[i], grads[i]
+            row = [x.data_ptr() for x in (W, bases[i], exp_avgs[i], exp_avg_sqs[i], steps[i])]
+            row = [row[0], 0, *row[1:], n_place, r_place, *W.shape]
+            row += [*W.stride(), *((0, 0) if projected else G.stride())]
+            row += [streams[i] & 0xFFFFFFFF, i, int(sides[i] == "left"), kept_place]
+            rows.append(row + [0] * (_COLUMNS - len(row)))
+        prepared.append((group.members, group.launches, Tables(rows, device)))
+    scratch_columns = (_N, _KEPT) if projected else (_N, _R, _KEPT)
+    return Prepared(
+        prepared,
+        grads,
+        seed,
+        grad_columns=[_G.value, _R.value] if projected else [_G.value],
+        scratch_columns=[column.value for column in scratch_columns],
+        scratch_size=max((group.scratch_size for group in groups), default=0),
+    )
 
 
 def launch_lowrank_adam(
@@ -938,81 +1005,23 @@ def launch_lowrank_adam(
     """
     if not params:
         return True
-    shapes, pointers = [], []
-    for W, G, P, M, V, t, s in zip(
-        params, grads, bases, exp_avgs, exp_avg_sqs, steps, sides, strict=True
-    ):
-        address = (W.data_ptr(), G.data_ptr(), P.data_ptr(), M.data_ptr(), V.data_ptr())
-        aligned = not (address[0] | address[1] | address[2] | address[3] | address[4]) & 15
-        shapes.append(
-            (W.shape, W.stride(), W.dtype, G.stride(), G.dtype, P.shape, P.stride(), P.dtype,
-             M.stride(), M.dtype, V.stride(), V.dtype, s, aligned)
+    key = fixed_key(
+        (params, bases, exp_avgs, exp_avg_sqs, steps), projected, stochastic, seed, tuple(streams),
+        tuple(sides), config,
+    )  # fmt: skip
+    prepared = _prepared.get(key)
+    options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    options["scale"] = scale
+    if prepared is None or not prepared.launch(grads, lr, nonfinite, rng_step, **options):
+        prepared = prepare_lowrank_adam(
+            params, grads, bases, exp_avgs, exp_avg_sqs, steps, sides=sides,
+            stochastic=stochastic, seed=seed, streams=streams, projected=projected, config=config,
         )  # fmt: skip
-        pointers.append((*address, t.data_ptr()))
-    device = params[0].device
-    key = (tuple(shapes), tuple(streams), projected, stochastic, device, config)
-    plan = _plans.get(key)
-    if plan is None:
-        groups = _plan(
-            params, grads, bases, exp_avgs, exp_avg_sqs, sides, projected, stochastic, config
-        )
-        if groups is None:
+        if prepared is None:
             return False
-        plan = (groups, {})
-        remember(_plans, key, plan, _MOST_PLANS)
-    groups, all_tables = plan
-    size = max((group.scratch_size for group in groups), default=0)
-    scratch = arena(device, size) if size else None
-    base = 0 if scratch is None else scratch.data_ptr()
-    pointer_key = (base, *pointers)
-    tables = all_tables.get(pointer_key)
-    if tables is None:
-        tables = [
-            _table(group, base, pointers, params, grads, streams, sides, projected)
-            for group in groups
-        ]
-        remember(all_tables, pointer_key, tables, _MOST_TABLES)
-    values = {
-        **scalars(beta1, beta2, eps, weight_decay, seed),
-        "scale": scale, "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
-    }  # fmt: skip
-    keep_if_captured(device, plan, tables, scratch)
-    with torch.cuda.device_of(params[0]):
-        _launch(groups, tables, values)
+        remember(_prepared, key, prepared, _MOST_PLANS)
+        prepared.launch(grads, lr, nonfinite, rng_step, **options)
     return True
-
-
-def _launch(groups: list[_Group], tables: list[list[Tensor]], values: dict) -> None:
-    for group, table in zip(groups, tables, strict=True):
-        for kernel, names, tiles, constants in group.launches:
-            kernel[(tiles.shape[0],)](
-                table_ptr=table[0],
-                tiles_ptr=tiles,
-                **{name: values[name] for name in names},
-                **constants,
-            )
-
-
-def _table(
-    group: _Group,
-    base: int,
-    pointers: list[tuple[int, ...]],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    streams: Sequence[int],
-    sides: Sequence[str],
-    projected: bool,
-) -> list[Tensor]:
-    """The matrix table of a group on the device, and its host copy, which must outlive the copy."""
-    rows = []
-    for i, places in zip(group.members, group.scratch, strict=True):
-        n_ptr, r_ptr, kept_ptr = (0 if place is None else base + place for place in places)
-        W, G = params[i], grads[i]
-        row = [*pointers[i], n_ptr, pointers[i][1] if projected else r_ptr, *W.shape]
-        row += [*W.stride(), *((0, 0) if projected else G.stride())]
-        row += [streams[i] & 0xFFFFFFFF, i, int(sides[i] == "left"), kept_ptr]
-        rows.append(row + [0] * (_COLUMNS - len(row)))
-    return upload(rows, torch.int64, params[0].device)
 
 
 def _plan(
@@ -1045,11 +1054,10 @@ def _plan(
             return None
         layout = _layout(W, None if projected else G)
         rank = P.shape[1]
-        aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
         # The unit stride is known to the kernel; the other and the sizes must be multiples of 8.
-        aligned &= all(stride % 8 == 0 for stride in strides if stride != 1)
-        aligned &= all(size % 8 == 0 for size in (*W.shape, rank)) and layout != STRIDED
-        common = (W.dtype, G.dtype, P.dtype, M.dtype, rank, layout, aligned)
+        even = all(stride % 8 == 0 for stride in strides if stride != 1)
+        even &= all(size % 8 == 0 for size in (*W.shape, rank)) and layout != STRIDED
+        common = (W.dtype, G.dtype, P.dtype, M.dtype, rank, layout, even and aligned(tensors))
         members.setdefault(common, []).append(i)
     return [
         _group(indices, common, params, sides, projected, stochastic, config)
@@ -1066,7 +1074,7 @@ def _group(
     stochastic: bool,
     config: Config | None,
 ) -> _Group:
-    w_dtype, g_dtype, p_dtype, m_dtype, rank, layout, aligned = common
+    w_dtype, g_dtype, p_dtype, m_dtype, rank, layout, is_aligned = common
     device = params[0].device
     architecture = 0
     if device.type == "cuda":
@@ -1084,24 +1092,22 @@ def _group(
         return all(n % block == 0 for n in strips) and all(m % step == 0 for m in walks)
 
     def tiles(rows: list[tuple[int, int, int, int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32).to(device)
+        return upload(torch.tensor(rows, dtype=torch.int32), device)
 
     def strip_tiles(block: int) -> Tensor:
         return tiles([(k, s, 0, 0) for k, n in enumerate(strips) for s in range(0, n, block)])
 
     shared = {
-        "FIELDS": _COLUMNS, "P_DTYPE": TL_DTYPES[p_dtype], "LAYOUT": layout, "ALIGNED": aligned,
+        "FIELDS": _COLUMNS, "P_DTYPE": TL_DTYPES[p_dtype], "LAYOUT": layout, "ALIGNED": is_aligned,
         "SIDES": 2 if len(set(left)) == 2 else int(left[0]), "RANK": rank,
     }  # fmt: skip
     precision = {"PRECISION": "tf32" if narrow else "tf32x3"}
     update_precision = {"PRECISION": "tf32x3" if p_dtype == torch.float32 else "tf32"}
-    strip_names = [n for n in _lowrank_adam_kernel.arg_names[2:] if n.islower()]
-    update_names = [n for n in _update_kernel.arg_names[2:] if n.islower()]
     rounding = {"STOCHASTIC": stochastic and w_dtype == torch.bfloat16}
     in_registers = rank_block <= _RANK_IN_REGISTERS[2 if narrow else 4]
     in_program = in_registers and not config.staged
     fused = config.fused and in_program
-    launches: list[tuple] = []
+    launches: list[Launch] = []
     if not projected and not in_program:
         chunk = min(rank_block, 256 if narrow else 64)
         rows = [
@@ -1111,7 +1117,7 @@ def _group(
             for r in range(0, rank, chunk)
         ]
         launches.append(
-            (_project_kernel, [], tiles(rows), {
+            Launch(_project_kernel, tiles(rows), {
                 **shared, **precision, "G_DTYPE": TL_DTYPES[g_dtype],
                 "EVEN": even(config.block, config.block_k), "RANK_BLOCK": chunk,
                 "BLOCK": config.block, "BLOCK_K": config.block_k, "STAGES": config.stages,
@@ -1132,7 +1138,7 @@ def _group(
         "UPDATE_K": config.update_k, "CHUNKS": chunks, "STAGES": config.stages,
         "UPDATE_STAGES": config.update_stages, "num_warps": warps,
     }  # fmt: skip
-    launches.append((_lowrank_adam_kernel, strip_names, strip_tiles(block), constants))
+    launches.append(Launch(_lowrank_adam_kernel, strip_tiles(block), constants))
     if not fused:
         walk = config.update_walk if in_registers else config.update_k
         rows = [
@@ -1142,7 +1148,7 @@ def _group(
             for s in range(0, n, config.update_block)
         ]
         launches.append(
-            (_update_kernel, update_names, tiles(rows), {
+            Launch(_update_kernel, tiles(rows), {
                 **shared, **update_precision, **rounding, "W_DTYPE": TL_DTYPES[w_dtype],
                 "EVEN": even(config.update_block, config.update_k),
                 "RANK_BLOCK": rank_block if in_registers else _RANK_CHUNK[p_dtype.itemsize],

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,24 +55,22 @@ def _load_extension() -> None:
 
 
 @functools.cache
-def _kernel(name: str) -> Callable[..., bool] | ImportError:
-    """The launcher of an op's Triton kernel, imported at its first use, or why there is none."""
-    stem = name.rstrip("_")
+def _kernel(name: str) -> ModuleType | ImportError:
+    """The module of an op's Triton kernel, imported at its first use, or why there is none."""
     try:
-        module = importlib.import_module(f"owlore.kernels.{stem}")
+        return importlib.import_module(f"owlore.kernels.{name.rstrip('_')}")
     except ImportError as error:
         return error
-    launch: Callable[..., bool] = getattr(module, f"launch_{stem}")
-    return launch
 
 
 def _kernel_or_reference(name: str) -> Callable[..., Any]:
     definition = getattr(reference, name)
+    launcher = f"launch_{name.rstrip('_')}"
 
     @functools.wraps(definition)
     def call(*args: Any, **options: Any) -> Any:
-        launch = _kernel(name)
-        if isinstance(launch, ImportError) or not launch(*args, **options):
+        kernel = _kernel(name)
+        if isinstance(kernel, ImportError) or not getattr(kernel, launcher)(*args, **options):
             _warn_slow(name)
             return definition(*args, **options)
 
@@ -159,7 +158,7 @@ def _check_adam(
         _expect(len(values) == len(params), name, f"{len(params)} entries", len(values))
     _expect(lr.dim() == 0, "lr", "a tensor of no dimension", tuple(lr.shape))
     _expect(nonfinite.shape == (len(params),), "nonfinite", f"[{len(params)}]", nonfinite.shape)
-    for i, (W, G) in enumerate(zip(params, tensors["grads"], strict=True)):
+    for i, (W, G) in enumerate(zip(params, tensors.get("grads", params), strict=True)):
         # Composing a message costs more than the check, so that comes second here and below.
         if G.device != W.device:
             _expect(False, f"grads[{i}]", f"device {W.device}", G.device)
@@ -169,6 +168,34 @@ def _check_shapes(name: str, values: Sequence[Tensor], shapes: Sequence[tuple[in
     for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
         if value.shape != shape:
             _expect(False, f"{name}[{i}]", f"shape {tuple(shape)}", tuple(value.shape))
+
+
+def _check_lowrank(
+    params: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    sides: Sequence[str],
+    projected: bool,
+) -> list[tuple[int, ...]]:
+    """The shapes that gradients must have."""
+    _expect(len(sides) == len(params), "sides", f"{len(params)} entries", len(sides))
+    moments: list[tuple[int, ...]] = []
+    for i, (W, P, side) in enumerate(zip(params, bases, sides, strict=True)):
+        m, n = W.shape
+        rows, r = P.shape
+        if side == "left":
+            expected, moment = m, (r, n)
+        elif side == "right":
+            expected, moment = n, (m, r)
+        else:
+            raise ValueError(f"sides[{i}]: expected 'left' or 'right', got {side!r}")
+        if rows != expected:
+            _expect(False, f"bases[{i}]", f"{expected} rows for {side}", tuple(P.shape))
+        moments.append(moment)
+    _check_shapes("exp_avgs", exp_avgs, moments)
+    _check_shapes("exp_avg_sqs", exp_avg_sqs, moments)
+    return moments if projected else [tuple(W.shape) for W in params]
 
 
 def lowrank_adam_(
@@ -206,23 +233,8 @@ def lowrank_adam_(
         "steps": steps,
     }
     _check_adam(params, lists, lr, nonfinite, streams)
-    _expect(len(sides) == len(params), "sides", f"{len(params)} entries", len(sides))
-    moments = []
-    for i, (W, P, side) in enumerate(zip(params, bases, sides, strict=True)):
-        m, n = W.shape
-        rows, r = P.shape
-        if side == "left":
-            expected, moment = m, (r, n)
-        elif side == "right":
-            expected, moment = n, (m, r)
-        else:
-            raise ValueError(f"sides[{i}]: expected 'left' or 'right', got {side!r}")
-        if rows != expected:
-            _expect(False, f"bases[{i}]", f"{expected} rows for {side}", tuple(P.shape))
-        moments.append(moment)
-    _check_shapes("grads", grads, moments if projected else [W.shape for W in params])
-    _check_shapes("exp_avgs", exp_avgs, moments)
-    _check_shapes("exp_avg_sqs", exp_avg_sqs, moments)
+    shapes = _check_lowrank(params, bases, exp_avgs, exp_avg_sqs, sides, projected)
+    _check_shapes("grads", grads, shapes)
     torch.ops.owlore.lowrank_adam_(
         params,
         grads,
@@ -292,6 +304,160 @@ def adamw_(
         seed=seed,
         streams=streams,
     )
+
+
+class _Step:
+    """An optimizer op on the same parameters and states, step after step; call it with gradients.
+
+    A call checks and computes what the op does, at a tenth of its cost on the host: addresses,
+    launches and compiled kernels are ready, except for what follows from the gradients, which may
+    move. Nothing waits for the device, and a CUDA graph may capture a call. The tensors must stay
+    in their places; lr, rng_step and steps are read on the device at each call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lists: Sequence[Sequence[Tensor]],
+        scalars: tuple[Tensor, Tensor, Tensor],
+        shapes: Sequence[tuple[int, ...]],
+        options: dict[str, Any],
+    ) -> None:
+        self._name = name
+        self._lists = lists
+        self._scalars = scalars
+        self._shapes = list(shapes)
+        self._options = options
+        self._prepared: Any = None
+
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        scale: float = 1.0,
+    ) -> None:
+        """One step; see `owlore.reference` for the op.
+
+        Args:
+            grads: Gradients, as the op takes them, anywhere in memory.
+            beta1: Decay of the first moment.
+            beta2: Decay of the second moment.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled decay.
+            scale: Factor of a low-rank update.
+
+        Raises:
+            ValueError: A gradient's shape, device or count does not fit.
+        """
+        if [G.shape for G in grads] != self._shapes:
+            _expect(
+                len(grads) == len(self._shapes), "grads", f"{len(self._shapes)} entries", len(grads)
+            )
+            _check_shapes("grads", grads, self._shapes)
+        if not grads:
+            return
+        device = self._lists[0][0].device
+        for i, G in enumerate(grads):
+            if G.device != device:
+                _expect(False, f"grads[{i}]", f"device {device}", G.device)
+        hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        if self._name == "lowrank_adam_":
+            hyper["scale"] = scale
+        if device.type == "cuda" and self._launch(grads, hyper):
+            return
+        params, *states = self._lists
+        op = getattr(torch.ops.owlore, self._name)
+        op(params, grads, *states, *self._scalars, **hyper, **self._options)
+
+    def _launch(self, grads: Sequence[Tensor], hyper: dict[str, float]) -> bool:
+        """Starts the kernels; False if they do not cover these tensors."""
+        if self._prepared is not None and self._prepared.launch(grads, *self._scalars, **hyper):
+            return True
+        kernel = _kernel(self._name)
+        if isinstance(kernel, ImportError):
+            return False
+        params, *states = self._lists
+        prepare = getattr(kernel, f"prepare_{self._name.rstrip('_')}")
+        self._prepared = prepare(params, grads, *states, **self._options)
+        if self._prepared is None:
+            return False
+        launched: bool = self._prepared.launch(grads, *self._scalars, **hyper)
+        return launched
+
+
+def prepare_lowrank_adam(
+    params: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    nonfinite: Tensor,
+    rng_step: Tensor,
+    *,
+    sides: Sequence[str],
+    stochastic: bool,
+    seed: int,
+    streams: Sequence[int],
+    projected: bool = False,
+) -> _Step:
+    """`lowrank_adam_` on the same tensors step after step.
+
+    Returns:
+        `step(grads, *, beta1, beta2, eps, weight_decay, scale)`, which does what `lowrank_adam_`
+        does, to the bit.
+
+    Raises:
+        ValueError: Shapes, devices, counts or sides do not fit together.
+    """
+    lists = {"bases": bases, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    _check_adam(params, lists, lr, nonfinite, streams)
+    shapes = _check_lowrank(params, bases, exp_avgs, exp_avg_sqs, sides, projected)
+    options = {
+        "sides": list(sides),
+        "stochastic": stochastic,
+        "seed": seed,
+        "streams": list(streams),
+        "projected": projected,
+    }
+    kept = [list(params), *(list(values) for values in lists.values())]
+    return _Step("lowrank_adam_", kept, (lr, nonfinite, rng_step), shapes, options)
+
+
+def prepare_adamw(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    nonfinite: Tensor,
+    rng_step: Tensor,
+    *,
+    stochastic: bool,
+    seed: int,
+    streams: Sequence[int],
+) -> _Step:
+    """`adamw_` on the same tensors step after step.
+
+    Returns:
+        `step(grads, *, beta1, beta2, eps, weight_decay)`, which does what `adamw_` does, to the
+        bit.
+
+    Raises:
+        ValueError: Shapes, devices or counts do not fit together.
+    """
+    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    _check_adam(params, lists, lr, nonfinite, streams)
+    shapes = [tuple(W.shape) for W in params]
+    _check_shapes("exp_avgs", exp_avgs, shapes)
+    _check_shapes("exp_avg_sqs", exp_avg_sqs, shapes)
+    options = {"stochastic": stochastic, "seed": seed, "streams": list(streams)}
+    kept = [list(params), *(list(values) for values in lists.values())]
+    return _Step("adamw_", kept, (lr, nonfinite, rng_step), shapes, options)
 
 
 def column_sq_norm_(acc: Tensor, x: Tensor, mask: Tensor | None = None) -> None:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import tolerances
 import torch
 
-from owlore import reference
+from owlore import ops, reference
 
 lowrank_adam = pytest.importorskip("owlore.kernels.lowrank_adam")
 
@@ -226,6 +227,143 @@ def test_new_addresses_are_seen():
         assert_close_to_float64(ours, sets, ["left"])
 
 
+def prepared_step(sets, sides, stochastic=True, projected=False, dtype=torch.float64):
+    """A prepared step on copies of the sets: the step, the copies, its scalars and the flags."""
+    W, M, V = ([clone(s[k]) for s in sets] for k in (0, 3, 4))
+    steps = [torch.tensor(3.0, device=DEVICE) for _ in sets]
+    lr = torch.tensor(0.02, dtype=dtype, device=DEVICE)
+    rng_step = torch.tensor(7, device=DEVICE)
+    flags = torch.zeros(len(sets), dtype=torch.int32, device=DEVICE)
+    take = ops.prepare_lowrank_adam(
+        W, [s[2] for s in sets], M, V, steps, lr, flags, rng_step, sides=sides, seed=SEED,
+        stochastic=stochastic, streams=[3_000_000_000 + i for i in range(len(sets))],
+        projected=projected,
+    )  # fmt: skip
+    return take, (W, M, V), (lr, rng_step, steps), flags
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_prepared_steps_follow_gradients_that_move(projected):
+    """Bit for bit what the op does, with gradients at other addresses and in other layouts."""
+    sides = ["left", "right", "left"]
+    sets = [
+        (W.bfloat16(), *rest)
+        for W, *rest in (
+            matrices(44 + 4 * i, 52, 24, side, torch.float32, seed=i)
+            for i, side in enumerate(sides)
+        )
+    ]
+    shapes = [s[3 if projected else 0].shape for s in sets]
+    take, ours, (lr, rng_step, steps), flags = prepared_step(sets, sides, projected=projected)
+    theirs = [[clone(x) for x in xs] for xs in ours]
+    generator = torch.Generator().manual_seed(5)
+    held = []
+    for k in range(6):
+        grads = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+        if k == 4 and not projected:
+            grads[1] = grads[1].T.contiguous().T
+        held.append(grads)
+        lr.fill_(0.01 * (k + 1))
+        rng_step.add_(1)
+        torch._foreach_add_(steps, 1)
+        # Off the GPU the kernels run in the interpreter, to which no call leads by itself.
+        hyper = {**ADAM, "weight_decay": 0.1 * k}
+        if DEVICE == "cuda":
+            take(grads, **hyper)
+        else:
+            assert take._launch(grads, hyper)
+        W, M, V = theirs
+        lowrank_adam.launch_lowrank_adam(
+            W, grads, [s[2] for s in sets], M, V, steps, lr, torch.zeros_like(flags), rng_step,
+            sides=sides, stochastic=True, seed=SEED, projected=projected,
+            streams=[3_000_000_000 + i for i in range(len(sets))], **hyper,
+        )  # fmt: skip
+        for mine, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+    assert not torch.equal(ours[0][0], sets[0][0])
+    assert flags.tolist() == [0, 0, 0]
+
+
+def test_prepared_step_on_the_cpu_is_the_op(monkeypatch):
+    sides = ["left", "right"]
+    sets = [matrices(20, 28, 8, side, torch.float32) for side in sides]
+    sets = [tuple(x.cpu() for x in s) for s in sets]
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    take, (W, M, V), (lr, rng_step, steps), flags = prepared_step(sets, sides)
+    grads = [s[1] for s in sets]
+    take(grads, **ADAM)
+    want = [[clone(s[k]) for s in sets] for k in (0, 3, 4)]
+    ops.lowrank_adam_(
+        want[0], grads, [s[2] for s in sets], want[1], want[2], steps, lr, flags, rng_step,
+        sides=sides, stochastic=True, seed=SEED, streams=[3_000_000_000, 3_000_000_001], **ADAM,
+    )  # fmt: skip
+    for mine, other in zip((W, M, V), want, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+
+
+def test_prepared_step_refuses_what_does_not_fit():
+    sets = [matrices(20, 28, 8, "left", torch.float32)]
+    take, (W, *_), _, _ = prepared_step(sets, ["left"])
+    before = W[0].clone()
+    with pytest.raises(ValueError, match=r"grads: expected 1 entries, got 0"):
+        take([], **ADAM)
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected shape \(20, 28\), got \(28, 20\)"):
+        take([sets[0][1].T], **ADAM)
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected device"):
+        take([sets[0][1].to("meta")], **ADAM)
+    assert torch.equal(W[0], before)
+    with pytest.raises(ValueError, match=r"sides\[0\]: expected 'left' or 'right', got 'up'"):
+        prepared_step(sets, ["up"])
+    with pytest.raises(ValueError, match=r"bases\[0\]"):
+        prepared_step([(W[0], *sets[0][1:2], sets[0][2][1:], *sets[0][3:])], ["left"])
+
+
+def test_prepared_step_leaves_to_the_op_what_the_kernels_do_not_cover():
+    sets = [tuple(x.double() for x in matrices(20, 28, 8, "left", torch.float32))]
+    take, (W, *_), _, _ = prepared_step(sets, ["left"])
+    assert not take._launch([sets[0][1]], ADAM)
+    ops._warn_slow.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        take([sets[0][1]], **ADAM)
+    assert ["no CUDA kernel" in str(w.message) for w in caught] == [True] * (DEVICE == "cuda")
+    assert not torch.equal(W[0], sets[0][0])
+
+
+def test_a_launch_is_bound_once_for_each_kind_of_arguments(monkeypatch):
+    """The second launch goes to the compiled kernel, all arguments in the kernel's order."""
+    common = sys.modules["owlore.kernels.common"]
+    calls = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: calls.append(("compiled", grid, arguments))
+
+    class Kernel:
+        arg_names = ("table_ptr", "tiles_ptr", "lr_ptr", "eps", "RANK", "BLOCK")
+
+        def __getitem__(self, grid):
+            def bind(**arguments):
+                calls.append(("bound", grid, arguments))
+                return Compiled()
+
+            return bind
+
+    monkeypatch.setattr(common, "CompiledKernel", Compiled)
+    tiles = torch.zeros(6, 4)
+    launch = common.Launch(Kernel(), tiles, {"BLOCK": 32, "RANK": 8, "num_warps": 4})
+    values = {"eps": 1e-8, "lr_ptr": "lr", "unused": 1}
+    for kind in ("a", "a", "b"):
+        launch(kind, "table", values)
+    named = {"table_ptr": "table", "tiles_ptr": tiles, "lr_ptr": "lr", "eps": 1e-8}
+    bound = ("bound", (6, 1, 1), {**named, "BLOCK": 32, "RANK": 8, "num_warps": 4})
+    assert calls == [
+        bound,
+        ("compiled", (6, 1, 1), ("table", tiles, "lr", 1e-8, 8, 32)),
+        bound,
+    ]
+
+
 def test_sets_of_matrices_share_their_scratch():
     """Every draw brings another set: scratch of its own for each would grow without end."""
     arenas = sys.modules["owlore.kernels.common"]._arenas
@@ -321,6 +459,49 @@ def test_step_in_a_cuda_graph_follows_lr_and_step():
         graph.replay()
         run(lowrank_adam.launch_lowrank_adam, plain)
         assert all(torch.equal(x, y) for x, y in zip(ours, plain, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [64, 128])
+def test_prepared_step_in_a_cuda_graph(r):
+    """The gradients lie at addresses that no step saw before the capture, nor the scratch."""
+    sides = ["left", "right"]
+    sets = [matrices(256, 384, r, side, torch.bfloat16, seed=i) for i, side in enumerate(sides)]
+    given = [[s[3].clone().normal_() for s in sets] for _ in range(2)]
+    take, ours, (lr, rng_step, _), _ = prepared_step(sets, sides, projected=True)
+    plain, theirs, others, _ = prepared_step(sets, sides, projected=True)
+    for step_ in (take, plain):
+        step_(given[0], **ADAM)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take(given[1], **ADAM)
+    for k in range(3):
+        for scalars in ((lr, rng_step), others[:2]):
+            scalars[0].fill_(0.01 * (k + 1))
+            scalars[1].add_(1)
+        graph.replay()
+        plain(given[1], **ADAM)
+        if k == 1:
+            # Steps beside the graph, with gradients that come and go.
+            for _ in range(6):
+                for step_ in (take, plain):
+                    step_([G.clone() for G in given[0]], **ADAM)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+
+
+@pytest.mark.gpu
+def test_prepared_step_waits_for_nothing():
+    sets = [matrices(256, 384, 128, "left", torch.bfloat16)]
+    take, *_ = prepared_step(sets, ["left"])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            take([sets[0][1].clone()], **ADAM)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 COMPILE = """
