@@ -127,6 +127,7 @@ def test_prepared_steps_follow_gradients_that_move():
             take(grads, **ADAM)
         else:
             assert take._launch(grads, ADAM)
+        adamw._prepared.clear()
         adamw.launch_adamw(
             theirs[0], grads, *theirs[1:], steps, lr, flags, rng_step, **options, **ADAM
         )

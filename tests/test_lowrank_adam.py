@@ -273,6 +273,7 @@ def test_prepared_steps_follow_gradients_that_move(projected):
         else:
             assert take._launch(grads, hyper)
         W, M, V = theirs
+        lowrank_adam._prepared.clear()
         lowrank_adam.launch_lowrank_adam(
             W, grads, [s[2] for s in sets], M, V, steps, lr, torch.zeros_like(flags), rng_step,
             sides=sides, stochastic=True, seed=SEED, projected=projected,
