@@ -1,0 +1,158 @@
+"""Questions and texts of the quality tables: reading, contamination, prompts, token ids.
+
+A folder of data holds commonsense/<task>_<train|test>.jsonl with rows {"question", "choices",
+"label"}, gsm8k/<train|test>.jsonl with rows {"question", "answer"}, and text/c4_300.jsonl with rows
+{"text"}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "COMMONSENSE",
+    "IGNORE",
+    "Question",
+    "Tokens",
+    "answer_sequences",
+    "drop_contaminated",
+    "normalise",
+    "prompt",
+    "read_gsm8k",
+    "read_questions",
+    "read_texts",
+    "split_validation",
+    "training_sequences",
+]
+
+COMMONSENSE = ("arc_easy", "arc_challenge", "openbookqa", "commonsense_qa")
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, the texts that may answer it, and the index of the right one."""
+
+    task: str
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and the number of tokens at their beginning on which no loss is taken."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_questions(folder: Path, part: str) -> list[Question]:
+    """The questions of the four commonsense tasks.
+
+    Args:
+        folder: Folder of data.
+        part: "train" or "test".
+    """
+    found = []
+    for task in COMMONSENSE:
+        for row in _rows(folder / "commonsense" / f"{task}_{part}.jsonl"):
+            choices, label = tuple(map(str, row["choices"])), int(row["label"])
+            if not 0 <= label < len(choices):
+                raise ValueError(f"{task}_{part}: label {label} of {len(choices)} choices")
+            found.append(Question(task, row["question"], choices, label))
+    return found
+
+
+def read_gsm8k(folder: Path, part: str) -> list[Question]:
+    """GSM8K as questions with one choice, the worked solution."""
+    rows = _rows(folder / "gsm8k" / f"{part}.jsonl")
+    return [Question("gsm8k", row["question"], (row["answer"],), 0) for row in rows]
+
+
+def read_texts(folder: Path, rows: int | None = None) -> list[str]:
+    """Documents of C4."""
+    return [row["text"] for row in _rows(folder / "text" / "c4_300.jsonl")[:rows]]
+
+
+def normalise(text: str) -> str:
+    """A question with case, punctuation and white space evened out, for comparisons."""
+    kept = (c if c.isalnum() else " " for c in text.casefold())
+    return " ".join("".join(kept).split())
+
+
+def drop_contaminated(
+    train: Sequence[Question], held_out: Iterable[Question]
+) -> tuple[list[Question], dict[str, int]]:
+    """Training rows whose question is not among the held-out ones.
+
+    Returns:
+        The rows that stay, and how many of each task were dropped.
+    """
+    seen = {normalise(question.question) for question in held_out}
+    kept, dropped = [], dict.fromkeys(sorted({q.task for q in train}), 0)
+    for question in train:
+        if normalise(question.question) in seen:
+            dropped[question.task] += 1
+        else:
+            kept.append(question)
+    return kept, dropped
+
+
+def split_validation(
+    train: Sequence[Question], rows: int, seed: int = 0
+) -> tuple[list[Question], list[Question]]:
+    """Takes validation rows out of the training rows, as many of each task.
+
+    Returns:
+        Training rows, none of which asks a question of the validation rows, and these.
+    """
+    tasks = sorted({question.task for question in train})
+    validation = []
+    for task in tasks:
+        own = [question for question in train if question.task == task]
+        count = min(rows // len(tasks), len(own) - 1)
+        validation += random.Random(f"{seed}/{task}").sample(own, count)
+    return drop_contaminated(train, validation)[0], validation
+
+
+def prompt(question: Question) -> str:
+    """What stands before an answer; answers begin with a space, as in lm-evaluation-harness."""
+    return f"Question: {question.question}\nAnswer:"
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def training_sequences(
+    questions: Sequence[Question], tokenizer: Any, max_length: int
+) -> list[Tokens]:
+    """Prompt, right answer and end-of-text token; the loss is taken on answer and end."""
+    before = _encode(tokenizer, [prompt(q) for q in questions])
+    after = _encode(tokenizer, [" " + q.choices[q.label] for q in questions])
+    end = [tokenizer.eos_token_id]
+    return [
+        Tokens(tuple((head + tail + end)[:max_length]), min(len(head), max_length))
+        for head, tail in zip(before, after, strict=True)
+    ]
+
+
+def answer_sequences(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
+    """Prompt and answer for every answer of every question, in their order."""
+    before = _encode(tokenizer, [prompt(q) for q in questions])
+    after = iter(_encode(tokenizer, [" " + choice for q in questions for choice in q.choices]))
+    return [
+        Tokens(tuple(head + next(after)), len(head))
+        for question, head in zip(questions, before, strict=True)
+        for _ in question.choices
+    ]

@@ -1,0 +1,151 @@
+"""Means, paired differences and intervals of the quality tables, from their rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["accuracy", "best_rates", "paired", "summarise", "t_quantile"]
+
+Row = dict[str, Any]
+
+
+def accuracy(
+    likelihoods: Sequence[float],
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    labels: Sequence[int],
+) -> list[bool]:
+    """Whether the right answer has the highest likelihood per character.
+
+    Args:
+        likelihoods: Log-likelihood of each answer, question by question.
+        lengths: Characters of each answer.
+        counts: Number of answers of each question.
+        labels: The right answer of each question.
+
+    Returns:
+        One value a question; of equal likelihoods the first counts.
+    """
+    right, start = [], 0
+    for count, label in zip(counts, labels, strict=True):
+        scores = [likelihoods[i] / max(1, lengths[i]) for i in range(start, start + count)]
+        right.append(scores.index(max(scores)) == label)
+        start += count
+    return right
+
+
+def _t_within(t: float, df: int) -> float:
+    """P(|T| < t) of Student's distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    if df % 2 == 0:
+        total = term = 1.0
+        for k in range(1, df // 2):
+            term *= square * (2 * k - 1) / (2 * k)
+            total += term
+        return sine * total
+    total = term = math.cos(angle) if df > 1 else 0.0
+    for k in range(1, (df - 1) // 2):
+        term *= square * (2 * k) / (2 * k + 1)
+        total += term
+    return 2 / math.pi * (angle + sine * total)
+
+
+def t_quantile(df: int, level: float = 0.95) -> float:
+    """Half width, in standard errors, of a two-sided interval with df degrees of freedom."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, df) < level else (low, middle)
+    return high
+
+
+def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+    """Mean difference over the seeds that both have, and the ends of its 95% interval.
+
+    Args:
+        mine: Value by seed.
+        theirs: Value by seed of what it is compared with.
+
+    Returns:
+        Mean, lower end, upper end; None with fewer than two seeds in common.
+    """
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if len(differences) < 2:
+        return None
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = t_quantile(len(differences) - 1) * error
+    return mean, mean - half, mean + half
+
+
+def value(row: Row) -> float:
+    """What a row is judged by: the mean accuracy in percent, or the loss."""
+    return float(row["accuracy"] if row["task"] == "commonsense" else row["loss"])
+
+
+def best_rates(rows: Iterable[Row], task: str) -> dict[str, tuple[str, float]]:
+    """Variant and learning rate of each method that did best on the validation split.
+
+    The mean over seeds decides; of equal ones the lower rate wins.
+
+    Returns:
+        {method: (variant, learning rate)}
+    """
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for row in rows:
+        if row["task"] == task and row["split"] == "validation":
+            key = (row["method"], row["variant"], row["lr"])
+            found.setdefault(key, []).append(value(row))
+    sign = 1 if task == "commonsense" else -1
+    best: dict[str, tuple[float, float, str]] = {}
+    for (method, variant, lr), values in sorted(found.items()):
+        entry = (sign * statistics.mean(values), -lr, variant)
+        if method not in best or entry[:2] > best[method][:2]:
+            best[method] = entry
+    return {method: (variant, -minus) for method, (_, minus, variant) in best.items()}
+
+
+def summarise(rows: Sequence[Row], task: str, split: str) -> list[Row]:
+    """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
+
+    `against_full` is the difference to full fine-tuning at its chosen rate (of several rates the
+    one with the most seeds, then the better one), seed by seed, with its 95% interval.
+    """
+    groups: dict[tuple[str, str, float], dict[int, Row]] = {}
+    for row in rows:
+        if row["task"] == task and row["split"] == split:
+            key = (row["method"], row["variant"], row["lr"])
+            groups.setdefault(key, {})[row["seed"]] = row
+    sign = 1 if task == "commonsense" else -1
+
+    def rank(key: tuple[str, str, float]) -> tuple[int, float]:
+        values = [value(row) for row in groups[key].values()]
+        return len(values), sign * statistics.mean(values)
+
+    full = max((key for key in groups if key[0] == "full"), key=rank, default=None)
+    reference = {} if full is None else {s: value(r) for s, r in groups[full].items()}
+    table = []
+    for (method, variant, lr), by_seed in groups.items():
+        values = {seed: value(row) for seed, row in by_seed.items()}
+        own = list(by_seed.values())
+        entry: Row = {
+            "method": method, "variant": variant, "lr": lr, "seeds": len(values),
+            "mean": statistics.mean(values.values()),
+            "deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
+            "against_full": paired(values, reference),
+            "peak_gib": max(row["peak_gib"] for row in own),
+            "state_mib": max(row["state_mib"] for row in own),
+            "seconds": statistics.mean(row["seconds"] for row in own),
+            "trained_parameters": own[0]["trained_parameters"],
+            "chosen": any(row.get("chosen") for row in own),
+        }  # fmt: skip
+        names = own[0].get("per_task") or {}
+        entry["per_task"] = {
+            name: statistics.mean(row["per_task"][name] for row in own) for name in names
+        }
+        table.append(entry)
+    return sorted(table, key=lambda e: -sign * e["mean"])

@@ -1,0 +1,245 @@
+"""The pure parts of the quality benchmark: data, packing, likelihoods, statistics, jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import quality
+import quality_data
+import quality_stats
+import quality_train
+from quality_data import Question, Tokens
+
+from owlore import OwLore
+
+QUESTIONS = [
+    Question("arc_easy", "Which one is red?", ("blood", "a leaf", "the sky at noon"), 0),
+    Question("arc_easy", "Where do fish live?", ("water", "air"), 0),
+    Question("openbookqa", "Ice is", ("cold", "hot"), 0),
+]
+
+
+def direct_log_likelihood(model, ids: tuple[int, ...], prompt: int) -> float:
+    """One sequence alone, token by token."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return float(sum(logits[i - 1, ids[i]] for i in range(prompt, len(ids))))
+
+
+def test_likelihoods_in_padded_batches_are_those_of_single_sequences() -> None:
+    model, tokenizer = tiny_model.model(), tiny_model.tokenizer()
+    sequences = quality_data.answer_sequences(QUESTIONS, tokenizer)
+    assert [len(s.ids) - s.prompt for s in sequences[:2]] == [len(" blood"), len(" a leaf")]
+    sums, counts = quality_train.log_likelihoods(model, sequences, tokens=100)
+    assert counts == [len(s.ids) - s.prompt for s in sequences]
+    for found, sequence in zip(sums, sequences, strict=True):
+        expected = direct_log_likelihood(model.eval(), sequence.ids, sequence.prompt)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_packed_batch_has_the_loss_of_its_rows() -> None:
+    model, tokenizer = tiny_model.model(), tiny_model.tokenizer()
+    rows = quality_data.training_sequences(QUESTIONS * 3, tokenizer, 80)
+    (batch,) = quality_train.make_batches(rows, len(rows), 128, seed=0)
+    assert batch.ids.shape[0] < len(rows)
+    loss = quality_train.batch_loss(
+        model.get_decoder(), model.get_output_embeddings(), batch.tensors()
+    )
+    expected = -sum(direct_log_likelihood(model, s.ids, s.prompt) for s in rows)
+    assert float(loss.detach()) == pytest.approx(
+        expected / sum(len(s.ids) - s.prompt for s in rows), 1e-5
+    )
+
+
+def test_packing_fits_and_keeps_every_row() -> None:
+    lengths = [5, 9, 3, 10, 1, 7, 2]
+    lines = quality_train.pack(lengths, 10)
+    assert sorted(i for line in lines for i in line) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in line) <= 10 for line in lines)
+    assert len(lines) == 4
+    with pytest.raises(ValueError, match="a row of 11 tokens in a line of 10"):
+        quality_train.pack([11], 10)
+
+
+def test_batches_of_a_run_share_one_shape_and_an_order_that_the_seed_gives() -> None:
+    rows = [Tokens(tuple(range(1, n + 2)), 1) for n in range(1, 40)]
+    first = quality_train.make_batches(rows, 4, 64, seed=1)
+    assert len(first) == 9
+    assert len({tuple(t.shape for t in batch.tensors()) for batch in first}) == 1
+    again = quality_train.make_batches(rows, 4, 64, seed=1)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+    other = quality_train.make_batches(rows, 4, 64, seed=2)
+    assert not torch.equal(first[0].ids, other[0].ids)
+    assert all(float(batch.weights.sum()) == pytest.approx(1) for batch in first)
+
+
+def test_training_lowers_the_loss() -> None:
+    model, tokenizer = tiny_model.model(), tiny_model.tokenizer()
+    rows = quality_data.training_sequences(QUESTIONS * 40, tokenizer, 80)
+    batches = quality_train.make_batches(rows, 8, 160, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    before = quality_train.batch_loss(
+        model.get_decoder(), model.get_output_embeddings(), batches[-1].tensors()
+    )
+    result = quality_train.train(model, optimizer, batches, autocast=False, graphs=True)
+    after = quality_train.batch_loss(
+        model.get_decoder(), model.get_output_embeddings(), batches[-1].tensors()
+    )
+    assert float(after.detach()) < 0.8 * float(before.detach())
+    # Gradients and two moments.
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert result.state_bytes == 3 * weights
+    assert result.captures == 0
+
+
+def test_a_captured_pass_holds_until_the_next_draw() -> None:
+    model = tiny_model.model()
+    optimizer = OwLore(
+        model, blocks=2, rank=4, interval=3, distribution="uniform", gradient="dense"
+    )
+    phase = quality_train._Phase(optimizer)
+    keys = []
+    for _ in range(6):
+        keys.append(phase())
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Blocks are drawn in the forward passes of steps 0 and 3, which must run in Python.
+    assert [key is None for key in keys] == [True, False, False, True, False, False]
+    assert keys[1] == keys[2]
+    assert keys[4] == keys[5] == optimizer.active_blocks
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    rates = [quality_train.schedule(step, 100, 3) for step in range(101)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1], abs=0.02)
+    assert rates[100] == 0
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_questions_of_the_test_files_are_dropped_however_they_are_written() -> None:
+    train = [
+        Question("a", "What is  this?", ("x", "y"), 0),
+        Question("a", "Another one", ("x", "y"), 0),
+        Question("b", "WHAT IS THIS", ("p", "q"), 1),
+    ]
+    held_out = [Question("c", "what is this", ("z",), 0)]
+    kept, dropped = quality_data.drop_contaminated(train, held_out)
+    assert [q.question for q in kept] == ["Another one"]
+    assert dropped == {"a": 1, "b": 1}
+
+
+def test_the_validation_split_shares_no_question_with_the_training_rows() -> None:
+    train = [Question(task, f"question {i // 2}", (str(i),), 0) for task in "ab" for i in range(40)]
+    kept, validation = quality_data.split_validation(train, 10)
+    assert len(validation) == 10
+    assert {q.task for q in validation} == {"a", "b"}
+    asked = {q.question for q in validation}
+    assert not asked & {q.question for q in kept}
+    assert quality_data.split_validation(train, 10) == (kept, validation)
+
+
+def test_a_training_row_left_in_a_test_file_stops_the_run(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    rows = [{"question": f"question {i}", "answer": "a"} for i in range(600)]
+    for part, own in (("train", rows), ("test", [*rows[:3], {"question": "new", "answer": "b"}])):
+        text = "".join(json.dumps(row) + "\n" for row in own)
+        (folder / f"{part}.jsonl").write_text(text)
+    train, test, dropped = quality.questions_of(tmp_path, "gsm8k", "test")
+    assert (len(train), len(test), dropped) == (97, 4, {"gsm8k": 3})
+    monkeypatch.setattr(quality_data, "split_validation", lambda rows, count: (rows, rows[:1]))
+    with pytest.raises(SystemExit, match="a training row asks a held-out question"):
+        quality.questions_of(tmp_path, "gsm8k", "test")
+
+
+def test_accuracy_goes_by_likelihood_per_character() -> None:
+    # The long answer is less likely in all, but more likely per character.
+    sums, lengths = [-2.0, -4.0, -1.0, -3.0], [2, 8, 1, 2]
+    assert quality_stats.accuracy(sums, lengths, [2, 2], [1, 1]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("df", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (30, 2.04227)]
+)
+def test_quantiles_of_students_distribution(df: int, expected: float) -> None:
+    assert quality_stats.t_quantile(df) == pytest.approx(expected, rel=1e-5)
+
+
+def test_paired_difference_takes_the_seeds_in_common() -> None:
+    mine, theirs = {0: 1.0, 1: 2.0, 2: 4.0, 7: 9.0}, {0: 0.5, 1: 1.0, 2: 2.5}
+    mean, low, high = quality_stats.paired(mine, theirs) or (0, 0, 0)
+    assert mean == pytest.approx(1.0)
+    # Deviation .5 of three differences.
+    assert high - mean == pytest.approx(4.30265 * 0.5 / 3**0.5, rel=1e-5)
+    assert mean - low == pytest.approx(high - mean)
+    assert quality_stats.paired(mine, {0: 1.0}) is None
+
+
+def row(method: str, lr: float, value: float, split: str, seed: int = 0, variant="default") -> dict:
+    return {
+        "bench": "quality", "task": "commonsense", "method": method, "variant": variant, "lr": lr,
+        "seed": seed, "split": split, "accuracy": value, "per_task": {"arc_easy": value},
+        "peak_gib": 1.0, "state_mib": 2.0, "seconds": 3.0, "trained_parameters": 4,
+    }  # fmt: skip
+
+
+def test_rates_are_chosen_on_the_validation_split_alone() -> None:
+    rows = [
+        row("full", 1e-4, 50, "validation"), row("full", 3e-4, 60, "validation"),
+        row("full", 1e-3, 90, "test"), row("owlore", 1e-4, 40, "validation"),
+        row("owlore", 1e-3, 45, "validation", variant="blocks=all"),
+        row("lora", 3e-4, 7, "validation"), row("lora", 1e-4, 7, "validation"),
+    ]  # fmt: skip
+    assert quality_stats.best_rates(rows, "commonsense") == {
+        "full": ("default", 3e-4), "owlore": ("blocks=all", 1e-3), "lora": ("default", 1e-4),
+    }  # fmt: skip
+
+
+def test_summary_compares_with_full_fine_tuning_seed_by_seed() -> None:
+    rows = [row("full", 1e-4, 50.0 + seed, "test", seed) for seed in range(3)]
+    rows += [row("lora", 3e-4, 49.0 + seed, "test", seed) for seed in range(3)]
+    table = quality_stats.summarise(rows, "commonsense", "test")
+    assert [entry["method"] for entry in table] == ["full", "lora"]
+    assert table[1]["against_full"] == pytest.approx((-1.0, -1.0, -1.0))
+    assert table[1]["mean"] == 50.0
+    assert table[1]["deviation"] == pytest.approx(1.0)
+
+
+def test_variants_are_options() -> None:
+    assert quality.parse_variant("default") == {}
+    assert quality.parse_variant("blocks=all,rank=64,floor=0.2,side=auto") == {
+        "blocks": "all", "rank": 64, "floor": 0.2, "side": "auto",
+    }  # fmt: skip
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
+    wanted = list(quality.jobs("validation", []))
+    assert len({job.key for job in wanted}) == len(wanted) >= 27
+    rows = tmp_path / "rows.jsonl"
+    finished = [
+        {"bench": "quality", **dict(zip(quality.Job._fields[:6], job.key, strict=True))}
+        for job in wanted[:2]
+    ]
+    rows.write_text("".join(json.dumps(entry) + "\n" for entry in finished * 2))
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"bench": "machine"}, finished[0]]))
+    done = quality.read_rows([rows, results, tmp_path / "missing"])
+    assert {quality.key_of(entry) for entry in done} == {job.key for job in wanted[:2]}
+
+
+def test_the_test_table_needs_the_validation_table() -> None:
+    with pytest.raises(SystemExit, match="run validation first"):
+        list(quality.jobs("test", []))
+    rows = [row(method, 3e-4, 1.0, "validation") for method in quality.MAIN]
+    chosen = [job for job in quality.jobs("test", rows) if job.chosen]
+    assert len(chosen) == 5 * len(quality.MAIN)
+    assert {job.split for job in chosen} == {"test"}
