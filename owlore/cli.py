@@ -1,4 +1,4 @@
-"""The command line: owlore outliers | train | report | info."""
+"""The command line: owlore outliers | plan | train | report | info."""
 
 from __future__ import annotations
 
@@ -313,6 +313,66 @@ def _outliers(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="owlore plan",
+        allow_abbrev=False,
+        description="Predict the GPU memory of a training step, part by part; loads no weights.",
+    )
+    parser.add_argument(
+        "model", help="a known shape (llama2-7b), Hugging Face folder or hub name, .gguf"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"start from a named method: {', '.join(PRESETS)}"
+    )
+    step = parser.add_argument_group("step")
+    sizes = {
+        "batch": (1, "sequences in a micro-batch"),
+        "seq": (2048, "tokens in a sequence"),
+        "accumulation": (1, "micro-batches in an optimizer step"),
+    }
+    for name, (default, text) in sizes.items():
+        step.add_argument(_flag(name), default=str(default), help=f"{text} (default: {default})")
+    step.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations: less memory, slower",
+    )
+    step.add_argument(
+        "--dtype", default="bf16", choices=("bf16", "fp32"), help="of the weights (default: bf16)"
+    )
+    _add_fields(parser, "OwLore", OwLoreConfig)
+    found = vars(parser.parse(arguments))
+    numbers = {name: parse_value(_flag(name), found[name], int) for name in sizes}
+    types = _fields()[1]
+    options = {
+        name: parse_value(_flag(name), value, types[name])
+        for name, value in found.items()
+        if name in types
+    }
+    preset = found["preset"] or "owlore"
+    if preset not in PRESETS:
+        hint = _suggestion(preset, PRESETS)
+        raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
+    config = OwLoreConfig.preset(preset, **options)
+    import torch
+
+    from owlore import planner
+
+    made = planner.plan(
+        found["model"],
+        config,
+        numbers["batch"],
+        numbers["seq"],
+        accumulation=numbers["accumulation"],
+        checkpointing=found["checkpointing"],
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[found["dtype"]],
+    )
+    print(made.table())
+    return 0
+
+
 def _report(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="owlore report",
@@ -359,6 +419,7 @@ def _info_text(value: Any) -> str:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "outliers": (_outliers, "outlier scores of a model's blocks"),
+    "plan": (_plan, "predict the GPU memory of a training step"),
     "train": (_train, "fine-tune a model and write a report"),
     "report": (_report, "draw pictures and report of a run again"),
     "info": (_info, "versions, devices, backends"),

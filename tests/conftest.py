@@ -45,6 +45,8 @@ def _filled(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 @pytest.fixture(autouse=True, scope="session")
 def fresh_memory_is_nan() -> Iterator[None]:
     """`torch.empty` called from owlore gives NaN, so that an element nobody wrote fails a test."""
+    # `with torch.device(...)` knows the creators by identity and collects them at its first use.
+    torch.utils._device._device_constructors()
     originals = {name: getattr(torch, name) for name in _CREATORS}
     for name, create in originals.items():
         setattr(torch, name, _filled(create))

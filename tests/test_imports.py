@@ -20,7 +20,7 @@ LAYERS = (
     ("ops",),
     ("config", "sampling", "outliers", "projection", "projected", "blocks"),
     ("optimizer",),
-    ("trainer", "data", "models", "options", "report", "finetune"),
+    ("trainer", "data", "models", "options", "report", "planner", "finetune"),
     ("cli", "__init__"),
     ("__main__",),
 )
