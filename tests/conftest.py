@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.utils._device
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
