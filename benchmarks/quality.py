@@ -399,7 +399,6 @@ def versions(device: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Runs what is missing of a table."""
     began = time.perf_counter()
-    torch.set_float32_matmul_precision("high")
     done = read_rows([args.rows, *args.done])
     finished = {key_of(row) for row in done}
     wanted = [job for job in jobs(args.table, done) if job.key not in finished]

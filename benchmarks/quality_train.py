@@ -258,7 +258,7 @@ class TrainResult:
         loss: Mean loss of the last fifty steps.
         seconds: Wall time of the steps.
         peak_bytes: Most device memory allocated.
-        state_bytes: Most bytes of gradients and optimizer state held at the end of a step.
+        state_bytes: Most bytes of gradients, moments and bases of a step.
         captures: CUDA graphs captured.
     """
 
@@ -273,9 +273,8 @@ def _bytes(tensors: Sequence[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of gradients, moments and bases on the device."""
-    grads = [param.grad for param in model.parameters() if param.grad is not None]
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of moments and bases."""
     held: list[Any] = []
     for state in optimizer.state.values():
         held += state.values()
@@ -284,7 +283,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         if projector is not None:
             matrix = projector.ortho_matrix
             held += matrix if isinstance(matrix, list) else [matrix]
-    return _bytes(grads) + _bytes([t for t in held if not isinstance(t, Tensor) or t.dim()])
+    return _bytes([t for t in held if isinstance(t, Tensor) and t.dim() > 0])
 
 
 def train(
@@ -338,9 +337,12 @@ def train(
             captured = passes.captures
             key = phase()
             losses[step] = passes(batch.tensors(), key)
+            measured = key is None or passes.captures > captured or step in (0, steps - 1)
+            # A step may free gradients: a sketch is gone once it has become a basis.
+            grads = _bytes([p.grad for p in parameters.values()]) if measured else 0
             optimizer.step()
-            if key is None or passes.captures > captured or step in (0, steps - 1):
-                most_state = max(most_state, state_bytes(model, optimizer))
+            if measured:
+                most_state = max(most_state, grads + state_bytes(optimizer))
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
@@ -380,7 +382,8 @@ def log_likelihoods(
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     device = next(model.parameters()).device
-    training = model.training
+    training, precision = model.training, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     model.eval()
     sums = torch.zeros(len(sequences), dtype=torch.float64, device=device)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
@@ -403,4 +406,5 @@ def log_likelihoods(
             found = logits.gather(1, label[piece, None])[:, 0] - logits.logsumexp(dim=1)
             sums.index_add_(0, numbers[piece], found.double())
     model.train(training)
+    torch.set_float32_matmul_precision(precision)
     return sums.tolist(), [len(s.ids) - s.prompt for s in sequences]
