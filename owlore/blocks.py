@@ -11,6 +11,9 @@ from torch import nn
 # What wrappers add to parameter names; without it names, and the random bits keyed by them, stay.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+# Parameters whose gradients are the low-rank gradient and the sketch of a layer
+# (`owlore.projected`).
+COORDINATES, SKETCH = "owlore_coordinates", "owlore_sketch"
 BLOCKS, BLOCK_NORMS = "blocks", "block_norms"
 EMBEDDINGS, HEAD, NORM, OTHER = "embeddings", "head", "norm", "other"
 ROLES = (BLOCKS, BLOCK_NORMS, EMBEDDINGS, HEAD, NORM, OTHER)
@@ -28,6 +31,7 @@ class Entry:
         block: Index of the decoder block, or None outside the blocks.
         transposed: Whether the weight is stored [in, out] (GPT-2's Conv1D).
         siblings: Key of the linear layers that may read the same input: parent module, in features.
+        module: The one module whose `weight` it is, or None.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Entry:
     block: int | None = None
     transposed: bool = False
     siblings: tuple[str, int] | None = None
+    module: nn.Module | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,8 +85,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    # transformers.pytorch_utils.Conv1D, recognised without importing transformers.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    # transformers.pytorch_utils.Conv1D (or ours in its place), without importing transformers.
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf")
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -191,6 +196,10 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            holders.setdefault(id(param), []).append((module, attribute))
     block_of: dict[int, set[int]] = {}
     linear: dict[int, tuple[bool, str, int]] = {}
     for index, block in enumerate(blocks):
@@ -209,7 +218,11 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
     for _, param in model.named_parameters():
         key = id(param)
         name = clean_name(names[key][0])
+        if name.rpartition(".")[2] in (COORDINATES, SKETCH):
+            continue
         inside = block_of.get(key, set())
+        held = [holder for holder, attribute in holders[key] if attribute == "weight"]
+        only = held[0] if len(holders[key]) == len(held) == 1 else None
         if not param.is_floating_point() or len(inside) > 1:
             # Quantised weights cannot train; a weight shared by blocks belongs to none of them.
             entries.append(Entry(name, param, OTHER))
@@ -218,14 +231,14 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
             if key in linear:
                 transposed, parent, features = linear[key]
                 siblings = (parent, features)
-                entries.append(Entry(name, param, BLOCKS, index, transposed, siblings))
+                entries.append(Entry(name, param, BLOCKS, index, transposed, siblings, only))
             else:
                 role = BLOCK_NORMS if param.dim() <= 1 else OTHER
                 entries.append(Entry(name, param, role, index))
         elif key in embeddings:
-            entries.append(Entry(name, param, EMBEDDINGS))
+            entries.append(Entry(name, param, EMBEDDINGS, module=only))
         elif key in head_params:
-            entries.append(Entry(name, param, HEAD))
+            entries.append(Entry(name, param, HEAD, module=only))
         elif key in owned and param.dim() <= 1:
             entries.append(Entry(name, param, NORM))
         else:
@@ -245,6 +258,22 @@ def _parent(name: str) -> str:
 
 def _raw_path(model: nn.Module, target: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is target)
+
+
+def inputs_need_no_gradient(model: nn.Module) -> bool:
+    """Whether transformers asks for a gradient of the embeddings that checkpointing can do without.
+
+    With activation checkpointing transformers makes the embeddings' output require a gradient, so
+    that backward runs through every block. Only reentrant checkpointing needs that.
+    """
+    if not getattr(model, "_require_grads_hooks", None):
+        return False
+    functions = [
+        getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()
+    ]
+    found = [function for function in functions if function is not None]
+    reentrant = [getattr(f, "keywords", {}).get("use_reentrant", True) for f in found]
+    return bool(found) and not any(reentrant)
 
 
 def weight_norms(layout: Layout) -> list[float]:

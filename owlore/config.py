@@ -16,7 +16,9 @@ from typing import Any, TypedDict
 SIDES = ("std", "left", "right", "reverse", "auto")
 DISTRIBUTIONS = ("outlier", "uniform", "decrease", "increase", "reverse", "weight_norm")
 DRAWS = ("sequential", "inclusion")
+GRADIENTS = ("projected", "dense")
 BASES = ("subspace", "svd", "random")
+REFRESHES = ("sketch", "exact")
 ON_REFRESH = ("keep", "reset", "transport")
 STATES = ("reset", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
@@ -48,9 +50,12 @@ class Options(TypedDict, total=False):
     floor: float
     scores: Any
     side: str
+    gradient: str
     basis: str
     power_iterations: int
     oversampling: int
+    refresh: str
+    sketch_columns: int
     refresh_interval: int
     on_refresh: str
     state: str
@@ -99,9 +104,16 @@ class OwLoreConfig:
     floor: float = option(0.0, "share of the probability spread evenly over all blocks, 0 to 1")
     scores: Any = option(None, "outlier score of each block: a scores.json or a list of numbers")
     side: str = option("std", "which side of a weight is projected", SIDES)
+    gradient: str = option(
+        "projected", "low-rank gradient out of the backward pass, or from weight.grad", GRADIENTS
+    )
     basis: str = option("subspace", "how the basis is found in the gradient", BASES)
     power_iterations: int = option(2, "power iterations of basis='subspace'")
     oversampling: int = option(8, "extra columns of basis='subspace'")
+    refresh: str = option(
+        "sketch", "what a basis is made from where gradient='projected'", REFRESHES
+    )
+    sketch_columns: int = option(2, "columns of a sketch, as a multiple of the rank")
     refresh_interval: int = option(200, "steps between refreshes of a basis while a block stays")
     on_refresh: str = option("keep", "what happens to the moments at a refresh", ON_REFRESH)
     state: str = option("reset", "what happens to a block's state when it is left", STATES)
@@ -297,13 +309,20 @@ def _validate(config: OwLoreConfig) -> None:
         _whole("blocks", config.blocks, 1, "or 'all'")
     if config.rank is not None:
         _whole("rank", config.rank, 1, "or None")
-    for name in ("interval", "refresh_interval"):
+    for name in ("interval", "refresh_interval", "sketch_columns"):
         _whole(name, getattr(config, name), 1)
     for name in ("power_iterations", "oversampling", "seed"):
         _whole(name, getattr(config, name), 0)
     if config.seed >= 2**63:
         raise ValueError(f"seed: expected a number below 2^63, got {config.seed}")
     check_choices(config)
+    if config.rank is not None and (config.gradient, config.refresh) == ("projected", "sketch"):
+        for name in ("interval", "refresh_interval"):
+            if getattr(config, name) < 2:
+                raise ValueError(
+                    f"{name}: expected at least 2, got 1: with refresh='sketch' the first step of "
+                    "a basis finds it and trains nothing; use refresh='exact' or gradient='dense'"
+                )
     if not (callable(config.distribution) or isinstance(config.distribution, str)):
         kind = type(config.distribution).__name__
         raise TypeError(f"distribution: expected a name or a function, got {kind}")

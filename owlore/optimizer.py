@@ -7,7 +7,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from owlore import blocks, ops, projection, sampling
+from owlore import blocks, ops, projected, projection, sampling
 from owlore.config import Options, OwLoreConfig, importable
 from owlore.outliers import read_scores
 
@@ -26,21 +26,83 @@ _VERSION = 1
 # Options that may differ between a checkpoint and the optimizer that loads it: they stand in the
 # param_groups, which a checkpoint restores as every torch optimizer does, or in the saved scores.
 _FREE_OPTIONS = ("lr", "dense_lr", "betas", "eps", "weight_decay", "scale", "scores")
+# Sketches from which bases are made at a time; each is freed when its basis is there.
+_SKETCHES = 16
+# A model of whose block weights less than this share trains is warned of.
+_LEAST_SHARE = 0.9
 
 
 class _Member:
-    """One trained parameter: where it belongs and how it trains."""
+    """One trained parameter: where it belongs and how it trains.
 
-    __slots__ = ("always", "entry", "group", "param", "rank", "side", "stream")
+    `param` is what autograd fills with a gradient and the optimizer's groups and state know: the
+    parameter itself, or the coordinates of a layer that computes R in its backward. `sketch` is
+    that layer's other parameter, which takes a gradient in their place where a basis is sketched.
+    """
 
-    def __init__(self, entry: blocks.Entry, side: str | None, rank: int) -> None:
+    __slots__ = (
+        "always",
+        "entry",
+        "group",
+        "param",
+        "projection",
+        "rank",
+        "side",
+        "sketch",
+        "stream",
+    )
+
+    def __init__(self, entry: blocks.Entry, side: str | None, rank: int, projects: bool) -> None:
         self.entry = entry
-        self.param = entry.param
+        self.param: nn.Parameter = entry.param
+        self.sketch: nn.Parameter | None = None
         self.side = side
         self.rank = rank
+        # In the projected path `install` puts the layer's own in its place.
+        self.projection = projected.Projection(side or "", rank) if projects else None
         self.always = entry.block is None
         self.stream = zlib.crc32(entry.name.encode())
         self.group: dict[str, Any] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that is updated, as its module holds it now (FSDP2 replaces it)."""
+        if self.projection is None or self.entry.module is None:
+            return self.entry.param
+        return cast(Tensor, self.entry.module.weight)
+
+    @property
+    def sketches(self) -> bool:
+        """Whether its gradient is a sketch until the next step()."""
+        return self.projection is not None and self.projection.mode == projected.SKETCH
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Its gradient, R or sketch."""
+        return self.sketch.grad if self.sketches and self.sketch is not None else self.param.grad
+
+    @property
+    def takers(self) -> list[nn.Parameter]:
+        """The parameters that take its gradients."""
+        return [self.param] if self.sketch is None else [self.param, self.sketch]
+
+    def install(self, config: OwLoreConfig) -> None:
+        """Makes the layer compute R."""
+        module = self.entry.module
+        if self.projection is None or module is None:
+            return
+        # Embedding and head always sketch: G of either is the largest tensor of all.
+        columns = 0
+        if config.refresh == "sketch" or self.always:
+            columns = min(config.sketch_columns * self.rank, *self.entry.shape)
+        dtype = _gradient_dtype(self.entry.param, config, accumulates=False)
+        layer = projected.install(
+            module, self.side or "", self.rank, columns, self.entry.shape, dtype
+        )
+        layer.recipe = (config.basis, config.power_iterations, config.oversampling)
+        self.projection = layer
+        self.param = cast(nn.Parameter, module._parameters[blocks.COORDINATES])
+        self.sketch = module._parameters.get(blocks.SKETCH)
 
     def logical(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as [out, in] (a view)."""
@@ -84,6 +146,7 @@ class _DrawHook:
             return
         if module.training and torch.is_grad_enabled():
             optimizer._apply_due_draw()
+            optimizer._set_modes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DrawHook:
         return _DrawHook(None, None, dict(self.flags))
@@ -131,6 +194,8 @@ class OwLore(Optimizer):
         n = len(layout.blocks)
         self.config = given
         self._layout = layout
+        self._model = blocks.unwrap(model)
+        self._inputs_needed_grads = False
         scores = None if given.scores is None else read_scores(given.scores)
         self._scores = None if scores is None else sampling.check_scores(scores, n).tolist()
         norms = blocks.weight_norms(layout) if given.distribution == "weight_norm" else None
@@ -139,35 +204,11 @@ class OwLore(Optimizer):
         before = {entry.name: entry.param.requires_grad for entry in layout.entries}
         for hook in earlier.values():
             before.update(hook.flags)
-        members = _choose_members(layout, given, before)
+        members, dense = _choose_members(layout, given, before)
         self._p = _without_frozen_blocks(p, members)
         drawable = int((self._p > 0).sum())
         self._gamma = drawable if given.blocks == "all" else int(given.blocks)
         sampling.check_drawable(self._p, self._gamma)
-        self._sealed = False
-        super().__init__(_param_groups(members, given), {"lr": given.lr})
-        self._sealed = True
-        for group in self.param_groups:
-            for member in members:
-                if member.entry.role == group["name"]:
-                    member.group = group
-        self._members = members
-        trained = {id(member.param) for member in members}
-        self._frozen = [e.param for e in layout.entries if id(e.param) not in trained]
-        self._original_flags = [(e.param, before[e.name]) for e in layout.entries]
-        self._steps = 0
-        self._drawn = -1
-        self._active: tuple[int, ...] = ()
-        self._flags_applied = True
-        self._buckets: list[_Bucket] | None = None
-        self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
-        self._energy: dict[str, Tensor] = {}
-        self._rng_steps: dict[torch.device, Tensor] = {}
-        self._lrs: dict[tuple[str, torch.device], Tensor] = {}
-        self._skipped: dict[torch.device, Tensor] = {}
-        self._warned: set[str] = set()
-        self._reported_skips = 0
-        self._detached = False
         for key, hook in earlier.items():
             if hook.optimizer is not None:
                 warnings.warn(
@@ -177,12 +218,48 @@ class OwLore(Optimizer):
                 )
                 hook.optimizer.detach()
             layout.owner._forward_pre_hooks.pop(key, None)
-        for param, flag in self._original_flags:
+        for param, flag in ((e.param, before[e.name]) for e in layout.entries):
             param.requires_grad_(flag)
+        # Layers of a copy, whose optimizer did not come along.
+        projected.restore_all(model)
+        for member in members:
+            member.install(given)
+            if member.projection is not None:
+                member.weight.requires_grad_(False)
+        self._sealed = False
+        super().__init__(_param_groups(members, given), {"lr": given.lr})
+        self._sealed = True
+        for group in self.param_groups:
+            for member in members:
+                if member.entry.role == group["name"]:
+                    member.group = group
+        self._members = members
+        trained = {id(member.entry.param) for member in members}
+        self._frozen = [e.param for e in layout.entries if id(e.param) not in trained]
+        self._original_flags = [(e.param, before[e.name]) for e in layout.entries]
+        self._steps = 0
+        self._drawn = -1
+        self._active: tuple[int, ...] = ()
+        self._flags_applied = True
+        # The step for which the layers' modes were set; they hold until step().
+        self._modes_step = -1
+        # Whether a step takes more than one backward pass.
+        self._accumulates = False
+        self._buckets: list[_Bucket] | None = None
+        self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
+        self._energy: dict[str, Tensor] = {}
+        self._rng_steps: dict[torch.device, Tensor] = {}
+        self._lrs: dict[tuple[str, torch.device], Tensor] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._warned: set[str] = set()
+        self._reported_skips = 0
+        self._detached = False
         own_hook = _DrawHook(self, layout.owner, before)
         self._hook = layout.owner.register_forward_pre_hook(own_hook)
+        self._dense_path = dense
         for line in self.describe():
             logger.log(logging.WARNING if "not trained" in line else logging.INFO, line)
+        _warn_of_small_share(layout)
 
     # What the user reads.
 
@@ -209,7 +286,7 @@ class OwLore(Optimizer):
     @property
     def trained_parameters(self) -> int:
         """Number of weights that can change over the whole run."""
-        return sum(member.param.numel() for member in self._members)
+        return sum(member.weight.numel() for member in self._members)
 
     def draws(self) -> list[tuple[int, tuple[int, ...]]]:
         """Every draw so far: the step from which it holds and its blocks."""
@@ -217,7 +294,10 @@ class OwLore(Optimizer):
 
     def describe(self) -> list[str]:
         """What trains how, what is frozen, and which ranks were clamped; one line each."""
-        return _describe(self._layout, self._members, self.config, self._gamma)
+        return [
+            *_describe(self._layout, self._members, self.config, self._gamma),
+            *_describe_paths(self._members, self._dense_path),
+        ]
 
     def energy(self) -> dict[str, float]:
         """Captured gradient energy ||P^T G||^2 / ||G||^2 of each active weight's basis.
@@ -242,7 +322,7 @@ class OwLore(Optimizer):
         """
         counts: dict[str, int] = {}
         for device, skipped in self._skipped.items():
-            on_device = [m for m in self._members if m.param.device == device]
+            on_device = [m for m in self._members if m.weight.device == device]
             for member, count in zip(on_device, skipped.tolist(), strict=True):
                 if count:
                     counts[member.entry.name] = count
@@ -261,6 +341,8 @@ class OwLore(Optimizer):
             if entry.param.grad is not None:
                 account["gradients"] += _bytes(entry.param.grad)
         for member in self._members:
+            if member.projection is not None and member.grad is not None:
+                account["gradients"] += _bytes(member.grad)
             away = self.config.state == "offload" and not self._is_active(member)
             for key, value in self.state.get(member.param, {}).items():
                 if isinstance(value, Tensor):
@@ -302,6 +384,7 @@ class OwLore(Optimizer):
                     self._enter(member)
             self._flags_applied = False
             self._buckets = None
+            self._modes_step = -1
 
     def _apply_flags(self) -> None:
         for param in self._frozen:
@@ -309,10 +392,26 @@ class OwLore(Optimizer):
             param.grad = None
         for member in self._members:
             active = self._is_active(member)
-            member.param.requires_grad_(active)
+            if member.projection is not None:
+                # For good: wrappers replace parameters, and new ones start as trainable.
+                member.weight.requires_grad_(False)
+            else:
+                member.param.requires_grad_(active)
             if not active:
                 member.param.grad = None
+                if member.sketch is not None:
+                    member.sketch.grad = None
         self._flags_applied = True
+        self._end_backward_early()
+
+    def _end_backward_early(self) -> None:
+        """Lets backward end at the lowest active block where nothing below it trains."""
+        below = (blocks.EMBEDDINGS, blocks.OTHER)
+        if any(member.always and member.entry.role in below for member in self._members):
+            return
+        if blocks.inputs_need_no_gradient(self._model):
+            cast(Any, self._model).disable_input_require_grads()
+            self._inputs_needed_grads = True
 
     def _leave(self, member: _Member) -> None:
         self._energy.pop(member.entry.name, None)
@@ -326,10 +425,65 @@ class OwLore(Optimizer):
         if not state:
             return
         if self.config.state == "offload":
-            device = member.param.device
+            device = member.weight.device
             self._move_state(member, lambda value: value.to(device, non_blocking=True))
         if member.side is not None:
             state["basis_age"] = -1
+
+    def _set_modes(self) -> None:
+        """Tells every layer with a projection what its backward computes until the next step().
+
+        What a forward pass saves must not change between it and a recomputation of it, so modes
+        change before the first forward pass of a step and nowhere else.
+        """
+        if self._modes_step == self._steps:
+            self._see_accumulation()
+            return
+        self._read_pending()
+        for member in self._members:
+            layer = member.projection
+            if layer is None:
+                continue
+            state = self.state.get(member.param, {})
+            layer.found, layer.basis = None, None
+            if not self._is_active(member):
+                layer.mode = projected.OFF
+            elif state.get("basis_age", -1) >= 0:
+                layer.mode, layer.basis = projected.BASIS, state["basis"]
+            else:
+                layer.basis = state.get("basis")
+                seed = projection.matrix_seed(self.config.seed, self._steps, member.entry.name)
+                layer.seed = torch.tensor(seed)
+                layer.mode = projected.EXACT if member.sketch is None else projected.SKETCH
+            sketches = layer.mode == projected.SKETCH
+            member.param.requires_grad_(layer.mode != projected.OFF and not sketches)
+            if member.sketch is not None:
+                member.sketch.requires_grad_(sketches)
+        self._modes_step = self._steps
+
+    def _see_accumulation(self) -> None:
+        """Before a later forward pass of a step: R in bfloat16 is no place to sum gradients in."""
+        layers = [m for m in self._members if m.projection is not None and self._is_active(m)]
+        for member in layers:
+            if member.projection is not None and member.grad is None:
+                # Nothing depends on the basis found since: its gradient was dropped, as after an
+                # overflow that a GradScaler saw.
+                member.projection.found = None
+        if not self._accumulates and any(member.grad is not None for member in layers):
+            self._accumulates = True
+            self._set_gradient_dtype()
+
+    def _set_gradient_dtype(self) -> None:
+        """Gives coordinates and sketches the dtype in which gradients now arrive."""
+        for member in self._members:
+            if member.projection is None:
+                continue
+            dtype = _gradient_dtype(member.weight, self.config, self._accumulates)
+            for param in member.takers:
+                if param.dtype != dtype:
+                    grad, param.grad = param.grad, None
+                    param.data = projected.zeros(tuple(param.shape), dtype, param.device)
+                    param.grad = None if grad is None else grad.to(dtype)
 
     def _move_state(self, member: _Member, move: Callable[[Tensor], Tensor]) -> None:
         state = self.state[member.param]
@@ -343,6 +497,15 @@ class OwLore(Optimizer):
         Removes the hook, restores every requires_grad, frees gradients and state.
         """
         self._hook.remove()
+        if self._inputs_needed_grads:
+            cast(Any, self._model).enable_input_require_grads()
+        for member in self._members:
+            module = member.entry.module
+            if member.projection is not None and module is not None:
+                if getattr(module, "_owlore", None) is member.projection:
+                    projected.restore(module)
+                for param in member.takers:
+                    param.grad = None
         for param, flag in self._original_flags:
             param.requires_grad_(flag)
             param.grad = None
@@ -380,6 +543,9 @@ class OwLore(Optimizer):
                 "and train from the next backward pass on (is the model in eval mode?)"
             )
             self._apply_due_draw()
+        if self._modes_step < 0:
+            # Without a forward pass that set them, as after a draw in this very call.
+            self._set_modes()
         self._read_pending()
         if self._buckets is None:
             self._buckets = self._build_buckets()
@@ -395,18 +561,26 @@ class OwLore(Optimizer):
             rng_step.add_(1)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; an exact refresh whose step was skipped starts over."""
+        super().zero_grad(set_to_none)
+        for member in self._members:
+            if member.projection is not None:
+                member.projection.found = None
+
     def _build_buckets(self) -> list[_Bucket]:
         shared: dict[tuple[Any, ...], list[_Member]] = {}
         for member in self._members:
             if self._is_active(member):
-                param = member.param
-                decays = param.dim() >= 2
-                key = (member.group["name"], param.device, param.dtype, member.side is None, decays)
+                weight = member.weight
+                path = "dense" if member.side is None else type(member.projection).__name__
+                decays = weight.dim() >= 2
+                key = (member.group["name"], weight.device, weight.dtype, path, decays)
                 shared.setdefault(key, []).append(member)
         order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
         buckets = []
         for members in shared.values():
-            device = members[0].param.device
+            device = members[0].weight.device
             slots = torch.tensor([order[id(m)] for m in members], device=device)
             buckets.append(_Bucket(members, slots))
         return buckets
@@ -414,32 +588,46 @@ class OwLore(Optimizer):
     def _by_device(self) -> dict[torch.device, list[_Member]]:
         devices: dict[torch.device, list[_Member]] = {}
         for member in self._members:
-            devices.setdefault(member.param.device, []).append(member)
+            devices.setdefault(member.weight.device, []).append(member)
         return devices
 
     def _step_bucket(self, bucket: _Bucket) -> bool:
         members, streams, slots, flags = bucket.members, bucket.streams, bucket.slots, bucket.flags
-        have = [i for i, member in enumerate(members) if member.param.grad is not None]
+        have = [i for i, member in enumerate(members) if member.grad is not None]
         if not have:
             return False
+        sketched = [i for i in have if members[i].sketches]
+        if sketched:
+            self._refresh_from_sketches([members[i] for i in sketched])
+            have = [i for i in have if i not in set(sketched)]
+            if not have:
+                return True
         if len(have) < len(members):
             members = [members[i] for i in have]
             streams = [streams[i] for i in have]
             slots, flags = slots[have], torch.zeros_like(flags[: len(have)])
         for member in members:
-            if member.param not in self.state:
-                self.state[member.param] = self._new_state(member)
+            state = self.state[member.param]
+            if "step" not in state:
+                state.update(self._new_state(member))
         if members[0].side is not None:
-            self._refresh([m for m in members if self.state[m.param]["basis_age"] < 0])
+            due = [m for m in members if self.state[m.param].get("basis_age", -1) < 0]
+            if members[0].projection is None:
+                self._refresh(due)
+            else:
+                self._adopt_found(due)
         states = [self.state[member.param] for member in members]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         first = members[0]
-        device = first.param.device
+        device = first.weight.device
         group = first.group
         rng_step, skipped = self._device_counters(device)
-        params = [member.logical(member.param.detach()) for member in members]
-        grads = [member.logical(_grad(member.param)) for member in members]
+        params = [member.logical(member.weight.detach()) for member in members]
+        if first.projection is None:
+            grads = [member.logical(_grad(member)) for member in members]
+        else:
+            grads = [_grad(member).contiguous() for member in members]
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
         lr = self._device_lr(group, device)
@@ -458,7 +646,7 @@ class OwLore(Optimizer):
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
-                weight_decay=group["weight_decay"] if first.param.dim() >= 2 else 0.0,
+                weight_decay=group["weight_decay"] if first.weight.dim() >= 2 else 0.0,
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
@@ -483,17 +671,17 @@ class OwLore(Optimizer):
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
+                projected=first.projection is not None,
             )
             for state in states:
-                age = state["basis_age"] + 1
-                state["basis_age"] = -1 if age >= self.config.refresh_interval else age
+                self._grow_older(state)
         skipped.index_add_(0, slots, flags)
         flags.zero_()
         return True
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
         shape, dtype = _moment_spec(member, self.config)
-        device = member.param.device
+        device = member.weight.device
         state: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
             "exp_avg": torch.zeros(shape, dtype=dtype, device=device),
@@ -501,43 +689,91 @@ class OwLore(Optimizer):
         }
         if member.side is not None:
             # Minus one: no basis, or one that is due to be computed anew.
-            state["basis_age"] = -1
+            state["basis_age"] = self.state[member.param].get("basis_age", -1)
         return state
+
+    def _grow_older(self, state: dict[str, Any]) -> None:
+        """Counts a step of a basis and makes it due when its time is up."""
+        age = state["basis_age"] + 1
+        state["basis_age"] = -1 if age >= self.config.refresh_interval else age
+        if state["basis_age"] < 0:
+            self._modes_step = -1
 
     def _refresh(self, members: list[_Member]) -> None:
         """Computes the bases of members that are due, from their gradients."""
-        if not members:
-            return
+        if members:
+            grads = [member.logical(_grad(member)) for member in members]
+            self._adopt(members, *self._refresh_bases(members, grads))
+
+    def _refresh_from_sketches(self, members: list[_Member]) -> None:
+        """Computes bases from Y = G Omega (left) or Omega^T G (right), which the backward left.
+
+        The leading left (right) singular vectors of Y are nearly those of G (Halko et al., arXiv
+        0909.4061, section 4.1). Y is no gradient to step with: these weights rest for this step.
+        """
+        shapes: dict[torch.Size, list[_Member]] = {}
+        for member in members:
+            shapes.setdefault(_grad(member).shape, []).append(member)
+        for alike in shapes.values():
+            for start in range(0, len(alike), _SKETCHES):
+                some = alike[start : start + _SKETCHES]
+                self._adopt(some, *self._refresh_bases(some, [_grad(m) for m in some]))
+                for member in some:
+                    self._grow_older(self.state[member.param])
+                    if member.sketch is not None:
+                        member.sketch.grad = None
+
+    def _refresh_bases(
+        self, members: list[_Member], matrices: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         config = self.config
-        states = [self.state[member.param] for member in members]
-        names = [member.entry.name for member in members]
-        old = [state.get("basis") for state in states]
-        new, energies, finite = projection.refresh_bases(
-            [member.logical(_grad(member.param)) for member in members],
+        return projection.refresh_bases(
+            matrices,
             [member.rank for member in members],
             [member.side or "" for member in members],
-            old,
-            [projection.matrix_seed(config.seed, self._steps, name) for name in names],
+            [self.state[member.param].get("basis") for member in members],
+            [
+                projection.matrix_seed(config.seed, self._steps, member.entry.name)
+                for member in members
+            ],
             method=config.basis,
             power_iterations=config.power_iterations,
             oversampling=config.oversampling,
         )
-        for i, state in enumerate(states):
-            before = old[i]
-            if before is None:
+
+    def _adopt_found(self, members: list[_Member]) -> None:
+        """Takes over the bases that an exact refresh found in the backward pass."""
+        members = [
+            m for m in members if m.projection is not None and m.projection.found is not None
+        ]
+        if members:
+            found = [m.projection.found for m in members if m.projection is not None]
+            bases, energies, finite = zip(*(f for f in found if f is not None), strict=True)
+            self._adopt(members, list(bases), torch.stack(energies), torch.stack(finite))
+
+    def _adopt(
+        self, members: list[_Member], new: list[Tensor], energies: Tensor, finite: Tensor
+    ) -> None:
+        """Makes new bases the members' bases, and their moments fit (`on_refresh`)."""
+        config = self.config
+        for i, member in enumerate(members):
+            state = self.state[member.param]
+            before = state.get("basis")
+            P = new[i].to(member.weight.dtype)
+            has_moments = "step" in state
+            if before is None and has_moments:
                 # Without a basis the whole matrix is skipped: t must not count this step.
                 state["step"].sub_((~finite[i]).to(state["step"].dtype))
-            if before is not None and config.on_refresh == "transport":
-                moved = projection.transport(
-                    state["exp_avg"], before, new[i], members[i].side or ""
-                )
+            elif before is not None and has_moments and config.on_refresh == "transport":
+                moved = projection.transport(state["exp_avg"], before, P, member.side or "")
                 state["exp_avg"].copy_(torch.where(finite[i], moved, state["exp_avg"]))
-            elif before is not None and config.on_refresh == "reset":
+            elif before is not None and has_moments and config.on_refresh == "reset":
                 for key in ("exp_avg", "exp_avg_sq", "step"):
                     state[key].masked_fill_(finite[i], 0)
-            state["basis"] = new[i]
+            state["basis"] = P
             state["basis_age"] = 0
-            self._energy[names[i]] = energies[i]
+            self._energy[member.entry.name] = energies[i]
+        self._modes_step = -1
         self._pending.append((members, projection.DeferredFlags(finite)))
 
     def _read_pending(self) -> None:
@@ -546,6 +782,7 @@ class OwLore(Optimizer):
             for member, finite in zip(members, flags.read(), strict=True):
                 if not finite and member.param in self.state:
                     self.state[member.param]["basis_age"] = -1
+                    self._modes_step = -1
         self._pending.clear()
 
     def _device_counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -613,6 +850,7 @@ class OwLore(Optimizer):
             "version": _VERSION,
             "steps": self._steps,
             "drawn": self._drawn,
+            "accumulates": self._accumulates,
             "probabilities": self.probabilities,
             "scores": self._scores,
             "config": _bound_options(self.config),
@@ -637,13 +875,15 @@ class OwLore(Optimizer):
         self._scores = counters["scores"]
         self._steps, self._drawn = counters["steps"], counters["drawn"]
         self._active = self._draw(self._drawn) if self._drawn >= 0 else ()
+        self._accumulates = bool(counters.get("accumulates", False))
+        self._set_gradient_dtype()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             own = ("params", "param_names", "name")
             group.update({k: v for k, v in saved.items() if k not in own and k != _CHECKPOINT})
         self.state.clear()
         for member, saved_state in states:
             away = self.config.state == "offload" and not self._is_active(member)
-            device = torch.device("cpu") if away else member.param.device
+            device = torch.device("cpu") if away else member.weight.device
             state = {
                 key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved_state.items()
@@ -652,6 +892,7 @@ class OwLore(Optimizer):
             if away:
                 self._move_state(member, _to_host)
         self._flags_applied = self._drawn < 0
+        self._modes_step = -1
         self._buckets = None
         self._pending.clear()
         self._energy.clear()
@@ -701,7 +942,8 @@ class OwLore(Optimizer):
                     f"({len(got or ())} against {len(expected)}; the first difference: {odd})"
                 )
             for param, number in zip(group["params"], saved["params"], strict=True):
-                by_id[number] = members[id(param)]
+                if id(param) in members:
+                    by_id[number] = members[id(param)]
         states = []
         for number, state in state_dict["state"].items():
             if number not in by_id:
@@ -760,8 +1002,12 @@ def _without_frozen_blocks(p: np.ndarray, members: list[_Member]) -> np.ndarray:
 
 def _choose_members(
     layout: blocks.Layout, config: OwLoreConfig, trainable: dict[str, bool]
-) -> list[_Member]:
-    """The parameters that train, in the model's order, each with side and rank."""
+) -> tuple[list[_Member], dict[str, str]]:
+    """The parameters that train, in the model's order, each with side and rank.
+
+    Returns:
+        The members; and why the gradient of a low-rank weight is formed all the same, by name.
+    """
     if layout.tied:
         if config.embeddings != config.head:
             raise ValueError(
@@ -784,6 +1030,7 @@ def _choose_members(
     }
     sides = _sides(layout, config.side)
     members = []
+    dense = {}
     for entry in layout.entries:
         choice = policy[entry.role]
         if choice == "freeze" or not trainable[entry.name]:
@@ -792,15 +1039,21 @@ def _choose_members(
             if config.rank is None:
                 raise ValueError(f"rank: {entry.role}='lowrank' needs a rank, got None")
             rank = min(config.rank, *entry.param.shape)
-            members.append(_Member(entry, sides[id(entry.param)], rank))
+            obstacle = None
+            if config.gradient == "projected":
+                obstacle = projected.obstacle(entry.module)
+                if obstacle is not None:
+                    dense[entry.name] = obstacle
+            projects = config.gradient == "projected" and obstacle is None
+            members.append(_Member(entry, sides[id(entry.param)], rank, projects))
         else:
-            members.append(_Member(entry, None, 0))
+            members.append(_Member(entry, None, 0, False))
     if not any(member.entry.role == blocks.BLOCKS for member in members):
         raise ValueError(
             "model: every linear weight of its blocks has requires_grad=False, so there is nothing "
             "to train; call model.requires_grad_(True), or detach() the optimizer used before"
         )
-    return members
+    return members, dense
 
 
 def _sides(layout: blocks.Layout, side: str) -> dict[int, str]:
@@ -829,7 +1082,11 @@ def _sides(layout: blocks.Layout, side: str) -> dict[int, str]:
 def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str, Any]]:
     groups = []
     for role in blocks.ROLES:
-        params = [(m.entry.name, m.param) for m in members if m.entry.role == role]
+        params = []
+        for member in (m for m in members if m.entry.role == role):
+            params.append((member.entry.name, member.param))
+            if member.sketch is not None:
+                params.append((f"{member.entry.name}.sketch", member.sketch))
         lowrank = any(m.side is not None for m in members if m.entry.role == role)
         dense = role != blocks.BLOCKS and not lowrank and config.dense_lr is not None
         if params:
@@ -847,9 +1104,16 @@ def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str
     return groups
 
 
+def _gradient_dtype(weight: Tensor, config: OwLoreConfig, accumulates: bool) -> torch.dtype:
+    """Dtype of R."""
+    if weight.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if config.moments == "bf16" and not accumulates else torch.float32
+
+
 def _moment_spec(member: _Member, config: OwLoreConfig) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a member's moments."""
-    dtype = member.param.dtype
+    dtype = member.weight.dtype
     if dtype == torch.float64:
         moments = torch.float64
     elif member.entry.role == blocks.BLOCKS or member.side is not None:
@@ -858,7 +1122,7 @@ def _moment_spec(member: _Member, config: OwLoreConfig) -> tuple[tuple[int, ...]
         auto = config.dense_moments == "auto" and dtype == torch.bfloat16
         moments = torch.bfloat16 if auto or config.dense_moments == "bf16" else torch.float32
     if member.side is None:
-        return tuple(member.param.shape), moments
+        return tuple(member.weight.shape), moments
     m, n = member.entry.shape
     return ((member.rank, n) if member.side == "left" else (m, member.rank)), moments
 
@@ -874,8 +1138,11 @@ def _check_state(member: _Member, state: dict[str, Any], config: OwLoreConfig) -
     if member.side is not None:
         m, n = member.entry.shape
         rows = m if member.side == "left" else n
-        expected["basis"] = ((rows, member.rank), member.param.dtype)
+        expected["basis"] = ((rows, member.rank), member.weight.dtype)
     ages = {"basis_age"} if member.side is not None else set()
+    if isinstance(state, dict) and set(state) == {"basis", "basis_age"} and ages:
+        # A sketch was taken and no step since.
+        expected = {"basis": expected["basis"]}
     if not isinstance(state, dict) or set(state) != set(expected) | ages:
         keys = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"checkpoint: {name}: expected {sorted(set(expected) | ages)}, got {keys}")
@@ -889,6 +1156,36 @@ def _check_state(member: _Member, state: dict[str, Any], config: OwLoreConfig) -
         raise ValueError(f"checkpoint: {name}.basis_age: expected a number")
 
 
+def _describe_paths(members: list[_Member], dense: dict[str, str]) -> list[str]:
+    """How many low-rank weights form no gradient, and which do, and why."""
+    lines = []
+    projects = sum(member.projection is not None for member in members)
+    if projects:
+        lines.append(f"{projects} weights take the projected path: their gradient is never formed")
+    reasons: dict[tuple[str, str], int] = {}
+    for name, reason in dense.items():
+        key = (_pattern(name), reason)
+        reasons[key] = reasons.get(key, 0) + 1
+    for (pattern, reason), count in reasons.items():
+        lines.append(f"{count} weights take the dense gradient path: {pattern} ({reason})")
+    return lines
+
+
+def _warn_of_small_share(layout: blocks.Layout) -> None:
+    """Warns of a model of whose block weights few fit the scheme, such as 3-D expert stacks."""
+    inside = [e for e in layout.entries if e.block is not None and e.param.dim() >= 2]
+    others = [entry for entry in inside if entry.role != blocks.BLOCKS]
+    total = sum(entry.param.numel() for entry in inside)
+    fits = total - sum(entry.param.numel() for entry in others)
+    if fits < _LEAST_SHARE * total:
+        kinds = sorted({_pattern(entry.name) for entry in others})
+        warnings.warn(
+            f"owlore: only {fits:,} of the blocks' {total:,} weights ({fits / total:.0%}) fit the "
+            f"scheme; the others are {', '.join(kinds)}",
+            stacklevel=3,
+        )
+
+
 def _describe(
     layout: blocks.Layout, members: list[_Member], config: OwLoreConfig, gamma: int
 ) -> list[str]:
@@ -896,7 +1193,7 @@ def _describe(
         f"{len(layout.blocks)} decoder blocks in {layout.blocks_path}, {gamma} train at a time, "
         f"drawn every {config.interval} steps"
     ]
-    by_param = {id(member.param): member for member in members}
+    by_param = {id(member.entry.param): member for member in members}
     for role in blocks.ROLES:
         entries = [entry for entry in layout.entries if entry.role == role]
         if not entries:
@@ -932,9 +1229,10 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
+def _grad(member: _Member) -> Tensor:
+    grad = member.grad
+    assert grad is not None
+    return grad
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ so that P spans leading left singular vectors of A.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ def _subspace(
 
 # Gradients below this count as zero: their reciprocal would overflow.
 _LEAST_SCALE = 1e-30
+# Bytes of the columns of one batch.
+_BATCH_BYTES = 2**25
 # What a Gram matrix of unit columns is raised by, so that its Cholesky factor exists.
 _SHIFT = 1e-14
 
@@ -161,7 +163,7 @@ def _refresh_in_batches(
         batches.setdefault(key, []).append(i)
     bases: list[Tensor] = [grads[0]] * len(grads)
     results: list[tuple[Tensor, Tensor]] = [(grads[0], grads[0])] * len(grads)
-    for (_, _, r, _, _, _), members in batches.items():
+    for members, r in _pieces(batches, oversampling):
         P, energies, ok = _subspace_of_batch(
             [grads[i] if sides[i] == "left" else grads[i].mT for i in members],
             r,
@@ -181,6 +183,15 @@ def _refresh_in_batches(
             bases[i] = torch.where(ok[k], new, kept).to(grads[i].dtype)
             results[i] = (torch.where(ok[k], energies[k], 0.0), ok[k])
     return bases, torch.stack([e for e, _ in results]), torch.stack([f for _, f in results])
+
+
+def _pieces(batches: dict[tuple, list[int]], oversampling: int) -> Iterator[tuple[list[int], int]]:
+    """Batches cut so that their float64 columns, of which some ten copies live, stay small."""
+    for (rows, columns, r, *_), members in batches.items():
+        k = min(r + oversampling, rows, columns)
+        count = max(1, _BATCH_BYTES // (8 * max(rows, columns) * k))
+        for start in range(0, len(members), count):
+            yield members[start : start + count], r
 
 
 def _subspace_of_batch(

@@ -158,20 +158,25 @@ def test_every_parameter_has_its_role(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("rank", [2, None])
-def test_three_steps_change_only_what_is_documented(name, rank):
+@pytest.mark.parametrize(("rank", "gradient"), [(2, "projected"), (2, "dense"), (None, "dense")])
+def test_three_steps_change_only_what_is_documented(name, rank, gradient):
     model = tiny_models.build(name)
     path, roles = EXPECTED[name]["path"], expected_roles(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     flags = {key: value.requires_grad for key, value in model.named_parameters()}
     always = roles["embeddings"] | roles["head"] | roles["norm"]
     optimizer = OwLore(
-        model, distribution="uniform", blocks=1, rank=rank, interval=2, lr=1e-2, seed=1
-    )
-    assert {key: value.requires_grad for key, value in model.named_parameters()} == flags
+        model, distribution="uniform", blocks=1, rank=rank, interval=2, lr=1e-2, seed=1,
+        gradient=gradient, refresh="exact",
+    )  # fmt: skip
+
+    def weight(key: str) -> str:
+        return key.replace("owlore_coordinates", "weight")
 
     def now_trainable() -> set[str]:
-        return {key for key, value in model.named_parameters() if value.requires_grad}
+        return {weight(key) for key, value in model.named_parameters() if value.requires_grad}
+
+    assert now_trainable() == {key for key, flag in flags.items() if flag}
 
     trained_blocks = set()
     for step in range(3):
@@ -189,8 +194,11 @@ def test_three_steps_change_only_what_is_documented(name, rank):
             assert len(optimizer.active_blocks) == 1
             assert now_trainable() == active | always
             loss.backward()
-            with_grad = {key for key, value in model.named_parameters() if value.grad is not None}
+            grads = {key: value.grad for key, value in model.named_parameters()}
+            with_grad = {weight(key) for key, grad in grads.items() if grad is not None}
             assert with_grad <= active | always
+            formed = {key for key in roles["blocks"] if grads.get(key) is not None}
+            assert not (formed and gradient == "projected"), formed
             optimizer.step()
             optimizer.zero_grad()
         trained_blocks |= set(optimizer.active_blocks)
@@ -224,7 +232,7 @@ def test_a_vision_language_model_trains_on_images():
     ids = tiny_models.batch(rows=1)["input_ids"]
     ids[0, :4] = model.config.image_token_id
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, lr=1e-2)
+    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, lr=1e-2, refresh="exact")
     vision = {key: value.clone() for key, value in model.model.vision_tower.state_dict().items()}
     model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
     assert len(optimizer.active_blocks) == 1
@@ -260,8 +268,9 @@ def test_expert_stacks_are_named_in_the_log_and_train_on_request(name, caplog):
     optimizer.detach()
 
     optimizer = OwLore(
-        model, distribution="uniform", blocks=1, rank=2, interval=1, lr=1e-2, other="full", seed=1
-    )
+        model, distribution="uniform", blocks=1, rank=2, interval=1, lr=1e-2, other="full", seed=1,
+        gradient="dense",
+    )  # fmt: skip
     for step in range(2):
         start = {key: value.clone() for key, value in model.state_dict().items()}
         model(**tiny_models.batch(seed=step, rows=4)).loss.backward()
@@ -301,7 +310,8 @@ def _as_linear(value: Tensor, key: str) -> Tensor:
 
 @pytest.mark.parametrize("side", ["std", "left", "right", "reverse", "auto"])
 @pytest.mark.parametrize("basis", ["subspace", "random"])
-def test_a_conv1d_model_trains_as_its_linear_form(side, basis):
+@pytest.mark.parametrize("gradient", ["projected", "dense"])
+def test_a_conv1d_model_trains_as_its_linear_form(side, basis, gradient):
     conv = tiny_models.build("gpt2").double()
     linear = _with_linear(conv)
     options = {
@@ -316,6 +326,7 @@ def test_a_conv1d_model_trains_as_its_linear_form(side, basis):
         "lr": 1e-2,
         "side": side,
         "basis": basis,
+        "gradient": gradient,
     }
     models = {"conv": conv, "linear": linear}
     optimizers = {key: OwLore(model, **options) for key, model in models.items()}
@@ -330,7 +341,11 @@ def test_a_conv1d_model_trains_as_its_linear_form(side, basis):
         torch.testing.assert_close(found, value, **TRAINING_FLOAT64)
         assert not torch.equal(conv.state_dict()[key], start[key]), key
     states = {
-        key: {n: optimizers[key].state[p] for n, p in model.named_parameters()}
+        key: {
+            n.replace("owlore_coordinates", "weight"): optimizers[key].state[p]
+            for n, p in model.named_parameters()
+            if optimizers[key].state[p]
+        }
         for key, model in models.items()
     }
     name = f"transformer.h.{optimizers['conv'].active_blocks[0]}.mlp.c_fc.weight"
@@ -469,7 +484,7 @@ def _linear_blocks(count: int, width: int = 6) -> list[nn.Module]:
 
 def test_a_plain_module_needs_no_transformers_config():
     model = Blocks(_linear_blocks(3))
-    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, lr=1e-2)
+    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, lr=1e-2, refresh="exact")
     before = [layer[0].weight.detach().clone() for layer in model.layers]
     model(torch.randn(4, 6)).square().sum().backward()
     optimizer.step()
@@ -589,7 +604,9 @@ def test_a_wrapper_hides_neither_head_nor_embedding():
 
 def test_gradients_of_blocks_that_leave_are_freed():
     model = tiny_models.build("llama")
-    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, interval=1, seed=1)
+    optimizer = OwLore(
+        model, distribution="uniform", blocks=1, rank=2, interval=1, seed=1, gradient="dense"
+    )
     seen = set()
     for step in range(4):
         model(**tiny_models.batch(seed=step)).loss.backward()
@@ -619,7 +636,7 @@ def test_experts_in_a_list_inside_a_block_are_no_blocks():
 
 def test_only_a_training_forward_draws():
     model = tiny_models.build("llama")
-    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2)
+    optimizer = OwLore(model, distribution="uniform", blocks=1, rank=2, gradient="dense")
     with torch.no_grad():
         model(**tiny_models.batch())
     model.eval()

@@ -33,9 +33,12 @@ DEFAULTS = {
     "floor": 0.0,
     "scores": None,
     "side": "std",
+    "gradient": "projected",
     "basis": "subspace",
     "power_iterations": 2,
     "oversampling": 8,
+    "refresh": "sketch",
+    "sketch_columns": 2,
     "refresh_interval": 200,
     "on_refresh": "keep",
     "state": "reset",
@@ -53,7 +56,9 @@ DEFAULTS = {
 CHOICES = {
     "draw": ("sequential", "inclusion"),
     "side": ("std", "left", "right", "reverse", "auto"),
+    "gradient": ("projected", "dense"),
     "basis": ("subspace", "svd", "random"),
+    "refresh": ("sketch", "exact"),
     "on_refresh": ("keep", "reset", "transport"),
     "state": ("reset", "keep", "offload"),
     "embeddings": ("full", "freeze", "lowrank"),
@@ -71,6 +76,7 @@ WHOLE = {
     "rank": 1,
     "interval": 1,
     "refresh_interval": 1,
+    "sketch_columns": 1,
     "power_iterations": 0,
     "oversampling": 0,
     "seed": 0,
@@ -201,7 +207,15 @@ def test_whole_numbers_have_a_least_value(name):
         ValueError, match=rf"^{name}: expected a whole number >= {least}.* got {got}"
     ):
         OwLoreConfig(**{name: got})
-    assert getattr(OwLoreConfig(**{name: least}), name) == least
+    assert getattr(OwLoreConfig(**{name: least}, gradient="dense"), name) == least
+
+
+@pytest.mark.parametrize("name", ["interval", "refresh_interval"])
+def test_a_sketch_needs_a_second_step(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected at least 2, .*refresh='exact'"):
+        OwLoreConfig(**{name: 1})
+    assert getattr(OwLoreConfig(**{name: 1}, refresh="exact"), name) == 1
+    assert getattr(OwLoreConfig(**{name: 1}, rank=None), name) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "rank"])

@@ -113,6 +113,7 @@ def ours(model: Matrices, **options: Any) -> OwLore:
         "scale": SCALE,
         "eps": 1e-30,
         "basis": "svd",
+        "gradient": "dense",
     }
     return OwLore(model, **given | options)
 

@@ -20,7 +20,14 @@ from owlore import OwLore, projection
 from owlore.config import PRESETS, OwLoreConfig
 
 SCORES = [0.1, 0.4, 0.2, 0.3]
-SMALL: dict[str, Any] = {"blocks": 2, "rank": 4, "interval": 3, "scores": SCORES}
+# The dense gradient path; tests/test_projected.py holds the projected one to it.
+SMALL: dict[str, Any] = {
+    "blocks": 2,
+    "rank": 4,
+    "interval": 3,
+    "scores": SCORES,
+    "gradient": "dense",
+}
 
 
 def batch(step: int, micro: int = 0) -> torch.Tensor:
@@ -161,6 +168,7 @@ def test_fifty_steps_equal_an_independent_composition(tiny_llama, options):
             "floor": 0.1,
             "weight_decay": 0.1,
             "basis": "svd",
+            "gradient": "dense",
             "seed": 5,
             **options,
         }
@@ -202,7 +210,13 @@ def test_all_blocks_and_the_identity_basis_equal_adamw(tiny_llama, side, monkeyp
     ours = tiny_llama.double()
     theirs = copy.deepcopy(ours)
     optimizer = OwLore(
-        ours, blocks="all", rank=48, side=side, distribution="uniform", weight_decay=0.1
+        ours,
+        blocks="all",
+        rank=48,
+        side=side,
+        distribution="uniform",
+        weight_decay=0.1,
+        gradient="dense",
     )
     # A rank is clamped to the smaller side; the identity on the larger one needs all its columns.
     for member in optimizer._members:
@@ -239,6 +253,7 @@ def test_preset_full_equals_adamw(tiny_llama):
 def test_only_active_blocks_and_the_always_trained_move(tiny_llama, preset, dtype):
     model = tiny_llama.to(dtype)
     options = {"blocks": 2, "interval": 3, "scores": SCORES, "weight_decay": 0.1, "lr": 1e-2}
+    options["gradient"] = "dense"
     if PRESETS[preset].get("blocks") == "all":
         del options["blocks"]
     if "rank" not in PRESETS[preset]:
@@ -657,8 +672,9 @@ def test_every_activation_starts_on_a_fresh_basis(tiny_llama, monkeypatch, state
 
 
 def test_a_block_drawn_twice_in_a_row_keeps_its_state(tiny_llama):
+    scores = [1.0, 0.0, 0.0, 0.0]
     optimizer = OwLore(
-        tiny_llama, blocks=1, rank=4, interval=2, scores=[1.0, 0.0, 0.0, 0.0], state="reset"
+        tiny_llama, blocks=1, rank=4, interval=2, scores=scores, state="reset", gradient="dense"
     )
     weight = tiny_llama.model.layers[0].mlp.up_proj.weight
     for step in range(5):
