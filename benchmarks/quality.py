@@ -170,7 +170,9 @@ def jobs(table: str, done: list[dict[str, Any]]) -> Iterator[Job]:
             for method in MAIN:
                 variant, lr = best[method]
                 yield Job(task, method, variant, lr, seed, "test", True)
-        # The rival's own code on some of the same seeds: it needs a minute a run for its SVDs.
+        # The model as it is; and the rival's own code on some of the same seeds, since its SVDs
+        # take a minute a run.
+        yield Job(task, "full", "steps=0", best["full"][1], 0, "test")
         for seed in range(2):
             yield Job(
                 task, "galore", "implementation=galore-torch", best["galore"][1], seed, "test"
@@ -244,23 +246,21 @@ class Bench:
         args = self.args
         device = torch.device(args.device)
         options = {**METHODS[job.method], **parse_variant(job.variant)}
-        weights = options.pop("weights", "fp32")
+        weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
         data = self.data(job.task, job.split)
         _, length = SPLITS[job.task]
         batches = [
             quality_train.Batch(*(tensor.to(device) for tensor in batch.tensors()))
-            for batch in quality_train.make_batches(
-                data.train, BATCH, length, job.seed, args.max_steps
-            )
+            for batch in quality_train.make_batches(data.train, BATCH, length, job.seed, steps)
         ]
         torch.manual_seed(job.seed)
         model = copy.deepcopy(self.model).to(device)
         if weights == "bf16":
-            model = model.bfloat16()
+            cast_parameters(model, torch.bfloat16)
         model, optimizer, trained, extra = self.build(job, model, options)
         result = quality_train.train(
             model, optimizer, batches, autocast=weights == "fp32" and device.type == "cuda",
-            graphs=not args.no_graphs,
+            graphs=not args.no_graphs, compiled=args.compile,
         )  # fmt: skip
         if isinstance(optimizer, OwLore):
             optimizer.detach()
@@ -268,7 +268,8 @@ class Bench:
         if extra:
             model = model.merge_and_unload()
         began = time.perf_counter()
-        judged = self.evaluate(job.task, model.float(), data)
+        cast_parameters(model, torch.float32)
+        judged = self.evaluate(job.task, model, data)
         return {
             "bench": "quality", **dict(zip(Job._fields[:6], job.key, strict=True)), **judged,
             "peak_gib": result.peak_bytes / 2**30,
@@ -332,6 +333,12 @@ class Bench:
             if own:
                 per_task[name] = 100 * sum(own) / len(own)
         return {"accuracy": sum(per_task.values()) / len(per_task), "per_task": per_task}
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of the weights alone: rotary frequencies stay in float32."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
 
 
 def galore(model: nn.Module, lr: float, rank: int) -> torch.optim.Optimizer:
@@ -498,6 +505,7 @@ def main() -> None:
     one.add_argument("--scores", type=Path, help="cache of the outlier scores")
     one.add_argument("--calibration-rows", type=int, default=128, help="of 512 tokens of C4")
     one.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+    one.add_argument("--compile", action="store_true", help="compile the decoder blocks")
     one.add_argument("--max-steps", type=int, help="to try the script")
     one.add_argument("--eval-rows", type=int, help="to try the script")
     one.set_defaults(do=run)

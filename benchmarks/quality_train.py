@@ -91,6 +91,8 @@ def make_batches(
     order = list(range(len(sequences)))
     random.Random(seed).shuffle(order)
     count = len(order) // batch_size
+    if steps == 0:
+        return []
     chosen = [
         [sequences[i] for i in order[k * batch_size : (k + 1) * batch_size]]
         for k in range(count if steps is None else min(count, steps))
@@ -215,8 +217,8 @@ class _Passes:
         """Fills the gradients and gives the loss. [], a tensor that the next pass may overwrite."""
         for own, new in zip(self.inputs, batch, strict=True):
             own.copy_(new)
-        # The first capture needs a pass of its kind before it, which loads every kernel.
-        cold = self.captures == 0 and key != self.warm
+        # Before a capture comes a pass of its kind, which loads kernels and waits for what it must.
+        cold = key not in (self.warm, self.key)
         if not self.graphs or key is None or cold or not self._holds(key):
             self.warm = key
             self.clear()
@@ -293,6 +295,7 @@ def train(
     *,
     autocast: bool,
     graphs: bool,
+    compiled: bool = False,
     warmup: float = 0.03,
 ) -> TrainResult:
     """Trains for one pass over the batches.
@@ -303,13 +306,19 @@ def train(
         batches: Batches of one shape, on the model's device.
         autocast: Compute in bfloat16 where torch's autocast says so.
         graphs: Replay passes from CUDA graphs.
+        compiled: Compile the decoder blocks.
         warmup: Share of the steps over which the rate rises.
     """
+    if not batches:
+        return TrainResult(0.0, 0.0, 0, 0, 0)
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     device = batches[0].ids.device
     cuda = device.type == "cuda"
     model.train()
+    if compiled:
+        for block in inner.layers:
+            block.compile(dynamic=False)
 
     def forward(batch: Sequence[Tensor]) -> Tensor:
         # Casts of weights must not outlive the capture that made them: no cache.
