@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import operator
 import warnings
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -109,14 +111,29 @@ class _Member:
         return tensor.mT if self.entry.transposed else tensor
 
 
+class _Ready(NamedTuple):
+    """A step of some members of a bucket, prepared."""
+
+    members: list[_Member]
+    states: list[dict[str, Any]]
+    steps: list[Tensor]
+    addresses: list[int]
+    device: torch.device
+    slots: Tensor
+    flags: Tensor
+    step: Callable[..., None]
+
+
 class _Bucket:
-    """Members that share one call of an op: same device, dtypes, group, side and decay."""
+    """Members that share one call of an op: same device, dtypes, group, path and decay."""
 
     def __init__(self, members: list[_Member], slots: Tensor) -> None:
         self.members = members
-        self.streams = [member.stream for member in members]
         self.slots = slots
-        self.flags = torch.zeros(len(members), dtype=torch.int32, device=slots.device)
+        self.decays = members[0].weight.dim() >= 2
+        self.projects = members[0].projection is not None
+        # By the indices of the members that have a gradient.
+        self.ready: dict[tuple[int, ...], _Ready] = {}
 
 
 class _DrawHook:
@@ -243,13 +260,14 @@ class OwLore(Optimizer):
         self._flags_applied = True
         # The step for which the layers' modes were set; they hold until step().
         self._modes_step = -1
+        self._sketching = False
         # Whether a step takes more than one backward pass.
         self._accumulates = False
         self._buckets: list[_Bucket] | None = None
         self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
         self._energy: dict[str, Tensor] = {}
         self._rng_steps: dict[torch.device, Tensor] = {}
-        self._lrs: dict[tuple[str, torch.device], Tensor] = {}
+        self._lrs: dict[tuple[str, torch.device], tuple[Tensor, float]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned: set[str] = set()
         self._reported_skips = 0
@@ -440,6 +458,7 @@ class OwLore(Optimizer):
             self._see_accumulation()
             return
         self._read_pending()
+        self._sketching = False
         for member in self._members:
             layer = member.projection
             if layer is None:
@@ -456,6 +475,7 @@ class OwLore(Optimizer):
                 layer.seed = torch.tensor(seed)
                 layer.mode = projected.EXACT if member.sketch is None else projected.SKETCH
             sketches = layer.mode == projected.SKETCH
+            self._sketching |= sketches
             member.param.requires_grad_(layer.mode != projected.OFF and not sketches)
             if member.sketch is not None:
                 member.sketch.requires_grad_(sketches)
@@ -592,69 +612,92 @@ class OwLore(Optimizer):
         return devices
 
     def _step_bucket(self, bucket: _Bucket) -> bool:
-        members, streams, slots, flags = bucket.members, bucket.streams, bucket.slots, bucket.flags
-        have = [i for i, member in enumerate(members) if member.grad is not None]
+        grads = [member.param.grad for member in bucket.members]
+        if self._sketching and bucket.projects:
+            sketched = [m for m in bucket.members if m.sketches and m.grad is not None]
+            self._refresh_from_sketches(sketched)
+        else:
+            sketched = []
+        have = tuple(i for i, grad in enumerate(grads) if grad is not None)
         if not have:
+            return bool(sketched)
+        ready = bucket.ready.get(have)
+        if ready is None or not self._is_ready(ready):
+            ready = bucket.ready[have] = self._prepare(bucket, have)
+        inputs = [grad for grad in grads if grad is not None]
+        if bucket.projects:
+            inputs = [grad.contiguous() for grad in inputs]
+        else:
+            inputs = [m.logical(grad) for m, grad in zip(ready.members, inputs, strict=True)]
+        torch._foreach_add_(ready.steps, 1)
+        group = ready.members[0].group
+        beta1, beta2 = group["betas"]
+        self._device_lr(group, ready.device)
+        ready.step(
+            inputs,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"] if bucket.decays else 0.0,
+            scale=group["scale"],
+        )
+        if ready.members[0].side is not None:
+            for state in ready.states:
+                self._grow_older(state)
+        _, skipped = self._device_counters(ready.device)
+        skipped.index_add_(0, ready.slots, ready.flags)
+        ready.flags.zero_()
+        return True
+
+    def _is_ready(self, ready: _Ready) -> bool:
+        """Whether weights and states are still where they were, and no basis is due."""
+        if ready.members[0].side is not None and any(s["basis_age"] < 0 for s in ready.states):
             return False
-        sketched = [i for i in have if members[i].sketches]
-        if sketched:
-            self._refresh_from_sketches([members[i] for i in sketched])
-            have = [i for i in have if i not in set(sketched)]
-            if not have:
-                return True
-        if len(have) < len(members):
-            members = [members[i] for i in have]
-            streams = [streams[i] for i in have]
-            slots, flags = slots[have], torch.zeros_like(flags[: len(have)])
+        states = [self.state[member.param] for member in ready.members]
+        weights = [member.weight.data_ptr() for member in ready.members]
+        return all(map(operator.is_, states, ready.states)) and weights == ready.addresses
+
+    def _prepare(self, bucket: _Bucket, have: tuple[int, ...]) -> _Ready:
+        """Everything that a step of these members needs and that stays as it is until a refresh."""
+        members = [bucket.members[i] for i in have]
         for member in members:
             state = self.state[member.param]
             if "step" not in state:
                 state.update(self._new_state(member))
-        if members[0].side is not None:
+        first = members[0]
+        if first.side is not None:
             due = [m for m in members if self.state[m.param].get("basis_age", -1) < 0]
-            if members[0].projection is None:
+            if first.projection is None:
                 self._refresh(due)
             else:
                 self._adopt_found(due)
         states = [self.state[member.param] for member in members]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        first = members[0]
         device = first.weight.device
-        group = first.group
-        rng_step, skipped = self._device_counters(device)
+        rng_step, _ = self._device_counters(device)
+        flags = torch.zeros(len(members), dtype=torch.int32, device=device)
+        lr = self._device_lr(first.group, device)
+        steps = [state["step"] for state in states]
         params = [member.logical(member.weight.detach()) for member in members]
-        if first.projection is None:
-            grads = [member.logical(_grad(member)) for member in members]
-        else:
-            grads = [_grad(member).contiguous() for member in members]
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        lr = self._device_lr(group, device)
-        beta1, beta2 = group["betas"]
         stochastic = self.config.rounding == "stochastic"
+        streams = [member.stream for member in members]
         if first.side is None:
-            ops.adamw_(
+            step = ops.prepare_adamw(
                 params,
-                grads,
                 [m.logical(M) for m, M in zip(members, exp_avgs, strict=True)],
                 [m.logical(V) for m, V in zip(members, exp_avg_sqs, strict=True)],
                 steps,
                 lr,
                 flags,
                 rng_step,
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"] if first.weight.dim() >= 2 else 0.0,
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
             )
         else:
-            ops.lowrank_adam_(
+            step = ops.prepare_lowrank_adam(
                 params,
-                grads,
                 [state["basis"] for state in states],
                 exp_avgs,
                 exp_avg_sqs,
@@ -663,21 +706,14 @@ class OwLore(Optimizer):
                 flags,
                 rng_step,
                 sides=[member.side or "" for member in members],
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                scale=group["scale"],
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
                 projected=first.projection is not None,
             )
-            for state in states:
-                self._grow_older(state)
-        skipped.index_add_(0, slots, flags)
-        flags.zero_()
-        return True
+        addresses = [member.weight.data_ptr() for member in members]
+        slots = bucket.slots[list(have)]
+        return _Ready(members, states, steps, addresses, device, slots, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
         shape, dtype = _moment_spec(member, self.config)
@@ -774,6 +810,9 @@ class OwLore(Optimizer):
             state["basis_age"] = 0
             self._energy[member.entry.name] = energies[i]
         self._modes_step = -1
+        for bucket in self._buckets or ():
+            # They hold the old bases.
+            bucket.ready.clear()
         self._pending.append((members, projection.DeferredFlags(finite)))
 
     def _read_pending(self) -> None:
@@ -795,11 +834,17 @@ class OwLore(Optimizer):
     def _device_lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
         key = (group["name"], device)
         if key not in self._lrs:
-            self._lrs[key] = torch.zeros((), dtype=torch.float64, device=device)
+            self._lrs[key] = (torch.zeros((), dtype=torch.float64, device=device), 0.0)
+        tensor, held = self._lrs[key]
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            return self._lrs[key].copy_(lr, non_blocking=True)
-        return self._lrs[key].fill_(lr)
+            # A CUDA graph of step() that is replayed reads it anew.
+            tensor.copy_(lr, non_blocking=True)
+            self._lrs[key] = (tensor, math.nan)
+        elif lr != held:
+            tensor.fill_(lr)
+            self._lrs[key] = (tensor, lr)
+        return tensor
 
     def _report_skipped(self) -> None:
         """Warns of non-finite gradients, at a draw: a wait for the device is cheap there."""
