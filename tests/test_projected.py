@@ -827,3 +827,101 @@ def test_a_saved_model_object_survives_torch_save(tiny_llama):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert list(loaded.state_dict()) == list(tiny_llama.state_dict())
+
+
+# On the GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [{}, {"moments": "bf16", "side": "reverse"}, {"rank": 24}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_equals_the_dense_path_on_the_same_bases(tiny_llama, dtype, case):
+    ours = tiny_llama.to("cuda", dtype)
+    theirs = copy.deepcopy(ours)
+    options = {
+        **SMALL, "lr": 1e-3, "interval": 8, "refresh_interval": 3, "rounding": "nearest",
+        "basis": "random", "refresh": "exact", "rank": 16, **case,
+    }  # fmt: skip
+    optimizers = [
+        OwLore(model, **options, gradient=gradient)
+        for model, gradient in ((ours, "projected"), (theirs, "dense"))
+    ]
+    for step in range(20):
+        ids = batch(step).cuda()
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # Tensor cores add bfloat16 products with float32 sums, and tf32 is three products for float32.
+    limit = 1e-4 if dtype == torch.float32 else tolerances.PROJECTED_BFLOAT16
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert error(a, b.double()) <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_r_is_as_exact_as_the_projection_of_a_formed_gradient(kind, side, dtype):
+    module = layer(kind, dtype).cuda()
+    x, dY = torch.randn(5, T, N).to("cuda", dtype), torch.randn(5, T, M).to("cuda", dtype)
+    P = orthonormal(M if side == "left" else N, R, dtype).cuda()
+    G, _ = weight_gradient(module, x, dY)
+    truth = P.double().T @ G if side == "left" else G @ P.double()
+    formed = dY.flatten(0, 1).T @ x.flatten(0, 1)
+    rival = P.T @ formed if side == "left" else formed @ P
+    state, coordinates = install(module, side)
+    state.mode, state.basis = projected.BASIS, P
+    module(x).backward(dY)
+    assert coordinates.grad.dtype == torch.float32
+    assert error(coordinates.grad, truth) <= 2 * error(rival, truth)
+
+
+@pytest.mark.gpu
+def test_cuda_steps_do_not_wait_for_the_device(tiny_llama):
+    model = tiny_llama.to("cuda", torch.bfloat16)
+    optimizer = OwLore(
+        model, **{**SMALL, "blocks": "all", "refresh_interval": 4, "interval": 50},
+        embeddings="lowrank", head="lowrank",
+    )  # fmt: skip
+    ids = batch(0).cuda()
+    for step in range(10):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        if step > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.steps == 10
+    assert float(loss) < 4.1
+
+
+@pytest.mark.gpu
+def test_cuda_resume_gives_the_same_bits(tiny_llama):
+    like = tiny_llama.to("cuda", torch.bfloat16)
+    options = {**SMALL, "interval": 4, "refresh_interval": 3, "moments": "bf16"}
+    model = copy.deepcopy(like)
+    optimizer = OwLore(model, **options)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        saved = []
+        for step in range(9):
+            saved.append(snapshot(model, optimizer))
+            step_on_cuda(model, optimizer, step)
+        for start in (1, 4, 6):
+            resumed = restore(saved[start], like, options)
+            for step in range(start, 9):
+                step_on_cuda(*resumed, step)
+            assert_same((model, optimizer), resumed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def step_on_cuda(model: nn.Module, optimizer: OwLore, step: int) -> None:
+    ids = batch(step).cuda()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
