@@ -112,10 +112,7 @@ CONTROLS = [
 REFRESH = [
     f"{scope},{how}"
     for scope in ("blocks=all,refresh_interval=50", "distribution=uniform")
-    for how in (
-        "refresh=exact", "sketch_columns=1", "sketch_columns=2", "sketch_columns=3",
-        "sketch_columns=4",
-    )
+    for how in ("refresh=exact", "sketch_columns=1", "sketch_columns=2", "sketch_columns=4")
 ]  # fmt: skip
 
 
