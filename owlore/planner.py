@@ -413,8 +413,8 @@ def plan(
         checkpointing: Recompute the blocks' activations in backward (non-reentrant).
         dtype: Data type of the weights, unless a model is given.
         active: The blocks that train, instead of that draw.
-        input_grads: Backward runs through the embedding's output though nothing below it trains,
-            as with `model.enable_input_require_grads()`.
+        input_grads: The embeddings' output requires a gradient, so that backward runs through all
+            blocks though nothing below the lowest active one trains.
 
     Returns:
         The plan.
@@ -429,7 +429,8 @@ def plan(
     empty = meta_model(model, dtype)
     _set_checkpointing(empty, checkpointing)
     if input_grads:
-        empty.enable_input_require_grads()  # type: ignore[operator]
+        embeddings: Any = empty.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
     count = len(blocks.find_layout(empty, config.blocks_path).blocks)
     if active is None:
         gamma = count if config.blocks == "all" else int(config.blocks)
