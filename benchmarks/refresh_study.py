@@ -31,6 +31,7 @@ repository's data/.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -319,13 +320,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json")
     args = parser.parse_args()
-    rows = [common.machine("cpu") | {"setting": {k: str(v) for k, v in vars(args).items()}}]
+    setting = {key: str(value) for key, value in vars(args).items() if key not in ("data", "json")}
+    rows = [common.machine("cpu") | {"text": args.text, "setting": setting}]
     whole, first = record(args)
-    matrices = study(args, whole, first)
-    for row in table(matrices):
+    for row in table(study(args, whole, first)):
         rows.append(row)
         common.show(row)
-    common.write_rows(args.json, rows + matrices)
+    if args.json and Path(args.json).is_file():
+        # The results of the other texts stay.
+        earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        rows = [row for row in earlier if row["text"] != args.text] + rows
+    common.write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
