@@ -176,7 +176,7 @@ class _Phase:
         if self.owlore.steps % config.interval == 0:
             return None
         active = self.owlore.active_blocks
-        if config.rank is None or getattr(config, "gradient", "dense") == "dense":
+        if config.rank is None or config.gradient == "dense":
             return active
         bases = []
         for param, state in self.owlore.state.items():

@@ -45,7 +45,7 @@ import quality_data
 import torch
 from torch import Tensor
 
-from owlore import OwLore, OwLoreConfig, models, projection
+from owlore import OwLore, models, projection
 
 ROOT = Path(__file__).resolve().parents[1]
 BETA1 = 0.9
@@ -100,9 +100,10 @@ def record(args) -> tuple[dict, dict]:
     steps = args.age + args.batches
     data = batches(args.text, args.data, loaded.tokenizer, args.micro * args.accumulate,
                    args.length, steps, args.seed)  # fmt: skip
-    dense = {"gradient": "dense"} if "gradient" in OwLoreConfig.field_names() else {}
-    optimizer = OwLore(model, blocks="all", rank=128, distribution="uniform", lr=args.lr,
-                       embeddings="freeze", head="freeze", **dense)  # fmt: skip
+    optimizer = OwLore(
+        model, blocks="all", rank=128, distribution="uniform", lr=args.lr, gradient="dense",
+        embeddings="freeze", head="freeze",
+    )  # fmt: skip
     watched = {
         f"{block}.{name}": layer.weight
         for block in args.blocks
