@@ -127,7 +127,7 @@ class _Ready(NamedTuple):
 class _Bucket:
     """Members that share one call of an op: same device, dtypes, group, path and decay."""
 
-    def __init__(self, members: list[_Member], slots: Tensor) -> None:
+    def __init__(self, members: list[_Member], slots: list[int]) -> None:
         self.members = members
         self.slots = slots
         self.decays = members[0].weight.dim() >= 2
@@ -600,9 +600,7 @@ class OwLore(Optimizer):
         order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
         buckets = []
         for members in shared.values():
-            device = members[0].weight.device
-            slots = torch.tensor([order[id(m)] for m in members], device=device)
-            buckets.append(_Bucket(members, slots))
+            buckets.append(_Bucket(members, [order[id(m)] for m in members]))
         return buckets
 
     def _by_device(self) -> dict[torch.device, list[_Member]]:
@@ -712,7 +710,7 @@ class OwLore(Optimizer):
                 projected=first.projection is not None,
             )
         addresses = [member.weight.data_ptr() for member in members]
-        slots = bucket.slots[list(have)]
+        slots = torch.tensor([bucket.slots[i] for i in have], device=device)
         return _Ready(members, states, steps, addresses, device, slots, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
