@@ -1,0 +1,82 @@
+"""benchmarks/bench_train.py: rows have the agreed fields, and every case leaves the model bare."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import nn
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+FIELDS = [
+    "bench", "model", "tokens", "provider", "blocks", "rank", "embeddings", "moments",
+    "checkpointing", "peak_gib", "planned_gib", "tokens_per_s", "step_ms", "optimizer_ms",
+    "refresh_ms",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The benchmark as a module."""
+    path = sys.path.copy()
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("bench_train", BENCHMARKS / "bench_train.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        sys.modules["bench_train"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("bench_train", None)
+
+
+def test_names_select_one_case_each(bench: Any) -> None:
+    names = [case.name for case in bench.cases()]
+    assert len(set(names)) == len(names)
+
+
+def test_rows_have_the_agreed_fields(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "train.json"
+    chosen = ["7b/1x2048/owlore/5-blocks/freeze/bf16/std/checkpointed", "7b/1x2048/embed"]
+    words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases", *chosen]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *words])
+    bench.main()
+    machine, *rows = json.loads(out.read_text())
+    assert machine["bench"] == "machine"
+    assert machine["copy_TB_s"] > 0
+    assert [row["provider"] for row in rows] == ["owlore", "embed-head-only"]
+    for row in rows:
+        assert list(row)[: len(FIELDS)] == FIELDS
+        assert row["step_ms"] > row["optimizer_ms"] > 0
+        # On a CPU no peak is measured.
+        assert row["peak_gib"] is None
+    assert rows[0]["chosen"] == [0]
+
+
+@pytest.mark.parametrize("provider", ["owlore", "lisa", "adamw-fused", "embed-head-only"])
+def test_a_case_leaves_the_model_as_it_was(bench: Any, provider: str) -> None:
+    model = bench.build(bench.model_config("llama2-7b", small=True), "cpu")
+    kinds = [type(module) for module in model.modules()]
+    names = [name for name, _ in model.named_parameters()]
+    case = next(c for c in bench.cases() if c.provider == provider)
+    bench.checkpoint_blocks(model, True)
+    made = bench.Provider(bench.shrunk(case, 4, 32), model, period=4)
+    ids = bench.torch.arange(32)[None]
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        made.optimizer.step()
+    made.restore()
+    assert [type(module) for module in model.modules()] == kinds
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules() if isinstance(m, nn.Embedding))
