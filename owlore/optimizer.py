@@ -710,7 +710,10 @@ class OwLore(Optimizer):
                 projected=first.projection is not None,
             )
         addresses = [member.weight.data_ptr() for member in members]
-        slots = torch.tensor([bucket.slots[i] for i in have], device=device)
+        slots = torch.tensor([bucket.slots[i] for i in have])
+        if device.type == "cuda":
+            # From pageable memory the copy would wait for the device.
+            slots = slots.pin_memory().to(device, non_blocking=True)
         return _Ready(members, states, steps, addresses, device, slots, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
