@@ -713,7 +713,8 @@ class OwLore(Optimizer):
         slots = torch.tensor([bucket.slots[i] for i in have])
         if device.type == "cuda":
             # From pageable memory the copy would wait for the device.
-            slots = slots.pin_memory().to(device, non_blocking=True)
+            slots = slots.pin_memory()
+        slots = slots.to(device, non_blocking=True)
         return _Ready(members, states, steps, addresses, device, slots, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
