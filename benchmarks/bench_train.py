@@ -1,7 +1,8 @@
 """Whole training steps at 7B: peak memory and tokens per second, beside other methods.
 
     python benchmarks/bench_train.py --json benchmarks/results/h100/train.json
-    python benchmarks/bench_train.py --cases lora --budget 120
+    python benchmarks/bench_train.py --cases lora --budget 120 --no-plan --json some.json
+    python benchmarks/bench_train.py --plans some.json
     python benchmarks/bench_train.py --small --device cpu
 
 A step is forward, backward and the optimizer's real step on random tokens; weights are random and
@@ -33,6 +34,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import statistics
@@ -89,7 +91,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All rows, the most telling ones first within each model."""
+    """All rows, those that other rows are compared with first within each model."""
     small = Case("llama2-7b", "1x2048", "owlore", 5, moments="fp32")
     large = replace(small, tokens="16x512")
     lora = replace(small, provider="peft-lora", blocks=32, rank=LORA_RANK, embeddings="freeze",
@@ -107,16 +109,17 @@ def cases() -> list[Case]:
     galore = replace(small, provider="galore-torch", blocks=32, moments="bf16")
     lisa = replace(small, provider="lisa", blocks=2, rank=0, moments="bf16")
     top = replace(small, blocks=4, moments="bf16", embeddings="freeze", chosen=(28, 29, 30, 31))
+    long = [replace(case, tokens="16x512") for case in (*memory[4:], lora)]
     found = [
-        *memory, galore, lora, full, floor, lisa, replace(small, provider="owlore-dense"),
-        top, replace(top, through=True),
+        *memory, galore, lora, top, replace(top, through=True), floor,
         replace(large, blocks=32, moments="bf16"),
         *(replace(case, tokens="16x512") for case in (full, floor)),
         replace(large, refresh_every=50),
-        *(replace(case, tokens="16x512") for case in (*memory[4:], lora, galore)),
-        *(replace(case, checkpointing=False) for case in (*memory[4:], lora)),
-        *(replace(case, checkpointing=False, tokens="16x512") for case in (*memory[4:], lora)),
+        *long,
+        *(replace(case, checkpointing=False) for case in (*memory[4:], lora, *long)),
         *(replace(case, side="reverse") for case in memory),
+        lisa, replace(small, provider="owlore-dense"), full,
+        replace(galore, tokens="16x512"),
     ]  # fmt: skip
     for model, blocks in (("llama3-8b", 32), ("qwen3-4b", 36)):
         others = [memory[0], memory[3], memory[4], lora, galore]
@@ -221,7 +224,6 @@ class Provider:
         count = len(model.model.layers)
         if case.provider in OWLORE:
             config, chosen = owlore_config(case, period, count)
-            self.planned = (config, chosen or None)
             if chosen and len(chosen) < count:
                 weights = [float(i in chosen) for i in range(count)]
                 config = config.replace(distribution=lambda _: weights)
@@ -373,7 +375,6 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
         refresh_ms = statistics.median(times[i] for i in refreshing) - step_ms
     paid = step_ms + (refresh_ms or 0.0) / case.refresh_every if case.refresh_every else step_ms
     extra = provider.extra
-    planned = getattr(provider, "planned", None)
     provider.restore()
     del provider, loss, batches, old, probe
     if args.compile:
@@ -385,7 +386,7 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
         after = torch.cuda.memory_allocated()
         if after - bare > 2**24:
             raise RuntimeError(f"{case.name} left {(after - bare) / 2**20:.0f} MiB behind")
-    row = {
+    return {
         "bench": "train", "model": case.model, "tokens": case.tokens, "provider": case.provider,
         "blocks": case.blocks, "rank": case.rank, "embeddings": case.embeddings,
         "moments": case.moments, "checkpointing": case.checkpointing, "peak_gib": peak,
@@ -395,8 +396,6 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
         "refresh_every": case.refresh_every, "backward_through": case.through,
         "steps": len(normal), **extra,
     }  # fmt: skip
-    row["_plan"] = planned
-    return row
 
 
 def size(case: Case, small: bool) -> tuple[int, int]:
@@ -425,16 +424,31 @@ def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def planned_gib(
-    config: Any, options: OwLoreConfig, rows: int, length: int, checkpointing: bool,
-    active: Sequence[int] | None, through: bool,
-) -> float:  # fmt: skip
-    """The planner's peak."""
+def planned_gib(row: dict[str, Any], small: bool) -> float:
+    """The planner's peak for the case of a row."""
+    chosen = row.get("chosen")
+    case = Case(
+        row["model"], row["tokens"], row["provider"], row["blocks"], row["rank"],
+        row["embeddings"], row["moments"], row["checkpointing"], row["side"] or "std",
+        chosen=None if chosen is None else tuple(chosen),
+    )  # fmt: skip
+    config = model_config(case.model, small)
+    options, active = owlore_config(case, 6, config.num_hidden_layers)
     made = planner.plan(
-        config, options, rows, length,
-        checkpointing=checkpointing, active=active, input_grads=through,
+        config, options, *size(case, small), checkpointing=case.checkpointing,
+        active=active or None, input_grads=row["backward_through"],
     )  # fmt: skip
     return made.peak / 2**30
+
+
+def add_plans(rows: Sequence[dict[str, Any]], small: bool = False) -> None:
+    """Fills in planned_gib, in processes of their own that see no GPU."""
+    workers = max(1, min(12, (os.cpu_count() or 2) - 1))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _hide_gpus) as pool:
+        ours = [row for row in rows if row.get("provider") in OWLORE]
+        for row, future in [(row, pool.submit(planned_gib, row, small)) for row in ours]:
+            row["planned_gib"] = future.result()
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
@@ -486,6 +500,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=NEVER, help="seconds; then no new case")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--no-plan", action="store_true", help="leave planned_gib out")
+    parser.add_argument("--plans", metavar="FILE", help="fill planned_gib into results and stop")
     parser.add_argument("--json")
     args = parser.parse_args()
     began = time.perf_counter()
@@ -495,14 +510,16 @@ def main() -> None:
     if args.list:
         print("\n".join(case.name for case in chosen))
         return
+    if args.plans:
+        rows = json.loads(Path(args.plans).read_text(encoding="utf-8"))
+        add_plans(rows)
+        common.write_rows(args.plans, rows)
+        compare(rows[1:])
+        return
     rows = [common.machine(args.device)]
     rows[0]["copy_TB_s"] = common.copy_bandwidth(args.device) / 1e12
     common.show(rows[0])
     model, built, bare, svds = None, "", 0, None
-    plans: list[tuple[dict[str, Any], concurrent.futures.Future[float]]] = []
-    pool = concurrent.futures.ProcessPoolExecutor(
-        2 if args.device == "cpu" else 4, multiprocessing.get_context("spawn"), _hide_gpus
-    )
     for case in chosen:
         if time.perf_counter() - began > args.budget:
             print(f"out of time before {case.name}", flush=True)
@@ -523,14 +540,6 @@ def main() -> None:
         except ImportError as error:
             print(f"{case.name}: {error}", flush=True)
             continue
-        planned = row.pop("_plan")
-        if planned is not None and not args.no_plan:
-            options, active = planned
-            future = pool.submit(
-                planned_gib, config, options, *size(case, args.small), case.checkpointing, active,
-                case.through,
-            )  # fmt: skip
-            plans.append((row, future))
         if case.provider == "galore-torch":
             svds = svds or svd_ms(model, args.device)
             total = sum(svds[tuple(W.shape)] for W in block_weights(model))
@@ -542,13 +551,9 @@ def main() -> None:
         # Each time, so that a run that is cut short leaves its rows.
         with contextlib.redirect_stdout(io.StringIO()):
             common.write_rows(args.json, rows)
-    for row, future in plans:
-        try:
-            row["planned_gib"] = future.result()
-        except Exception as error:  # a plan that fails is a number less
-            print(f"plan: {type(error).__name__}: {error}", flush=True)
-    pool.shutdown()
-    common.write_rows(args.json, rows)
+    if not args.no_plan:
+        add_plans(rows, args.small)
+        common.write_rows(args.json, rows)
     compare(rows[1:])
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
