@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
+from owlore import planner
 from owlore.config import DISTRIBUTIONS, OwLoreConfig
 from owlore.data import Collator, Example, TokenizedData, read_jsonl, split, tokenize
 from owlore.models import SOURCE_FILE, LoadedModel, load
@@ -427,8 +428,35 @@ def _versions(versions: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _memory(trainer: _Trainer, account: dict[str, int]) -> dict[str, Any]:
-    """The memory account with how each part was measured."""
+def _plan(
+    loaded: LoadedModel, config: OwLoreConfig, options: TrainOptions, longest: int
+) -> dict[str, Any] | None:
+    """What `owlore plan` says of the largest batch there can be; None if it has to pass."""
+    try:
+        plan = planner.plan(
+            loaded.model.config,
+            config,
+            options.batch_size,
+            longest,
+            accumulation=options.accumulation,
+            checkpointing=options.gradient_checkpointing,
+            dtype=loaded.model.dtype,
+        )
+    except ValueError as error:
+        _say(f"memory    no plan: {error}")
+        return None
+    parts = ", ".join(f"{part} {size / 2**20:,.0f}" for part, size in plan.account().items())
+    _say(
+        f"memory    planned for {options.batch_size} x {longest} tokens, in MiB: {parts}; peak on "
+        f"a GPU {plan.peak / 2**20:,.0f} ({plan.at})"
+    )
+    return {"bytes": plan.account(), "peak_cuda_bytes": plan.peak, "at": plan.at}
+
+
+def _memory(
+    trainer: _Trainer, account: dict[str, int], planned: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The memory account with how each part was measured, and what was planned."""
     cuda = trainer.args.device.type == "cuda"
     if cuda:
         how = (
@@ -447,6 +475,7 @@ def _memory(trainer: _Trainer, account: dict[str, int]) -> dict[str, Any]:
         "bytes": {**account, "activations": trainer.activations},
         "peak_process_bytes": peak * (1 if sys.platform == "darwin" else 1024),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "planned": planned,
         "how": f"weights to basis: largest of all optimizer steps, before zero_grad; {how}",
     }
 
@@ -543,6 +572,8 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     elif isinstance(config.scores, str):
         scores = OutlierScores.load(config.scores)
     lap("outlier scores")
+    planned = _plan(loaded, config, options, max(len(row["input_ids"]) for row in data.examples))
+    lap("memory plan")
 
     trainer = _Trainer(
         model=model,
@@ -624,7 +655,7 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     run["draws"] = [[int(step), [int(b) for b in blocks]] for step, blocks in optimizer.draws()]
     run["plan"] = optimizer.describe()
     run["nonfinite"] = sum(optimizer.nonfinite().values())
-    run["memory"] = _memory(trainer, account)
+    run["memory"] = _memory(trainer, account, planned)
     run["loss"]["training"] = _history(trainer)
     held_out = [
         {"step": entry["step"], "loss": entry["eval_loss"]}

@@ -428,11 +428,14 @@ def summary(run: dict[str, Any], folder: str | Path, draws: int = 12) -> str:
         lines.append(f"  ... and {len(spans) - draws} draws more: see the report")
     lines.append("memory")
     account = run["memory"]["bytes"]
+    planned = run["memory"].get("planned") or {"bytes": {}}
     for part in PARTS:
         if part != "host" or account.get(part):
-            lines.append(f"  {part:<12}{_size(account.get(part)):>12}")
+            size, plan = account.get(part), planned["bytes"].get(part)
+            lines.append(f"  {part:<12}{_size(size):>12}{_planned(plan)}")
     if run["memory"]["peak_cuda_bytes"]:
-        lines.append(f"  GPU peak    {_size(run['memory']['peak_cuda_bytes']):>12}")
+        size, plan = run["memory"]["peak_cuda_bytes"], planned.get("peak_cuda_bytes")
+        lines.append(f"  GPU peak    {_size(size):>12}{_planned(plan)}")
     total = sum(run["seconds"].values())
     lines.append(
         f"time           {_duration(total)} ({_duration(run['seconds']['training'])} training, "
@@ -443,6 +446,10 @@ def summary(run: dict[str, Any], folder: str | Path, draws: int = 12) -> str:
     lines += [f"model          {Path(folder) / 'model'}"]
     lines += [f"report         {Path(folder) / 'report.html'}"]
     return "\n".join(lines)
+
+
+def _planned(size: int | None) -> str:
+    return "" if size is None else f"   (planned {_size(size)})"
 
 
 def _options_rows(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -631,17 +638,19 @@ def _page(run: dict[str, Any], folder: Path) -> str:
     ]
     account = run["memory"]["bytes"]
     largest = max([size for size in account.values() if size] or [1])
+    planned = (run["memory"].get("planned") or {"bytes": {}})["bytes"]
     rows = [
         (
             part if part != "host" else "in host memory",
             _size(account.get(part)),
+            _size(planned[part]) if part in planned else "",
             f'<div class="bar" style="width:{100 * (account.get(part) or 0) / largest:.1f}%">'
             "</div>",
         )
         for part in PARTS
         if part != "host" or account.get(part)
     ]
-    parts.append(_table(("part", "size", ""), rows, numbers=(1,)))
+    parts.append(_table(("part", "measured", "planned", ""), rows, numbers=(1, 2)))
     whole = [f"highest resident memory of the process {_size(run['memory']['peak_process_bytes'])}"]
     if run["memory"]["peak_cuda_bytes"]:
         whole.append(f"highest allocated GPU memory {_size(run['memory']['peak_cuda_bytes'])}")

@@ -80,6 +80,14 @@ def test_train_leaves_a_folder_to_hand_on(
     model = tiny_model.model()
     assert account["weights"] == sum(4 * p.numel() for p in model.parameters())
     assert all(account[part] > 0 for part in ("gradients", "moments", "basis", "activations"))
+    planned = run["memory"]["planned"]["bytes"]
+    # The dearest draw was planned for, and here every block is as large as the next.
+    assert [planned[part] for part in ("moments", "basis")] == [
+        account["moments"],
+        account["basis"],
+    ]
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert planned["weights"] <= account["weights"] + 4 * buffers + 256
     # The numbers on the screen are those in the file.
     printed = capsys.readouterr().out
     assert f"{run['loss']['before']:.4f} -> {run['loss']['after']:.4f}" in printed
