@@ -426,9 +426,9 @@ def summary(run: dict[str, Any], folder: str | Path, draws: int = 12) -> str:
         lines.append(f"  steps {first:>5} to {last:>5}: {_blocks_text(blocks, run['blocks'])}")
     if len(spans) > draws:
         lines.append(f"  ... and {len(spans) - draws} draws more: see the report")
-    lines.append("memory")
     account = run["memory"]["bytes"]
     planned = run["memory"].get("planned") or {"bytes": {}}
+    lines.append("memory" + (" (planned for a GPU)" if planned["bytes"] else ""))
     for part in PARTS:
         if part != "host" or account.get(part):
             size, plan = account.get(part), planned["bytes"].get(part)
@@ -449,7 +449,7 @@ def summary(run: dict[str, Any], folder: str | Path, draws: int = 12) -> str:
 
 
 def _planned(size: int | None) -> str:
-    return "" if size is None else f"   (planned {_size(size)})"
+    return "" if size is None else f"   ({_size(size)})"
 
 
 def _options_rows(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -650,7 +650,7 @@ def _page(run: dict[str, Any], folder: Path) -> str:
         for part in PARTS
         if part != "host" or account.get(part)
     ]
-    parts.append(_table(("part", "measured", "planned", ""), rows, numbers=(1, 2)))
+    parts.append(_table(("part", "measured", "planned for a GPU", ""), rows, numbers=(1, 2)))
     whole = [f"highest resident memory of the process {_size(run['memory']['peak_process_bytes'])}"]
     if run["memory"]["peak_cuda_bytes"]:
         whole.append(f"highest allocated GPU memory {_size(run['memory']['peak_cuda_bytes'])}")
