@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_model
+import tiny_models
 import torch
+from transformers import Trainer, TrainingArguments
+
+from owlore import OwLore
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # What an example needs beside owlore's own requirements.
@@ -72,3 +79,90 @@ def test_example_trains(
     for block in blocks:
         assert sum(f".{block}." in key and "_proj.weight" in key for key in moved) == 7
     assert not any("embed_tokens" in key or "lm_head" in key for key in moved)
+
+
+# docs/trainers.md: the plug-in points of trainers that are not installed here. What stands in for
+# them is as much of LLaMA-Factory 0.9.5 and Axolotl 0.19.0 as the lines there touch.
+
+
+def lines_of(section: str, kind: str = "python") -> str:
+    """The first block of code of a kind in a section of docs/trainers.md."""
+    text = (EXAMPLES.parent / "docs" / "trainers.md").read_text(encoding="utf-8")
+    found = re.search(rf"## {section}\n.*?```{kind}\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+@pytest.fixture
+def owlore_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options file of docs/trainers.md in the working directory, for three blocks."""
+    options = lines_of("The options file", "yaml")
+    assert "scores: scores.json" in options
+    (tmp_path / "owlore.yaml").write_text(options.replace("blocks: 5", "blocks: 2"))
+    (tmp_path / "scores.json").write_text("[1.0, 2.0, 3.0]")
+    monkeypatch.chdir(tmp_path)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> ModuleType:
+    """A module, and the packages above it, that importing finds."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        path = ".".join(parts[:i])
+        if path not in sys.modules:
+            monkeypatch.setitem(sys.modules, path, ModuleType(path))
+        if i > 1:
+            parent = sys.modules[".".join(parts[: i - 1])]
+            monkeypatch.setattr(parent, parts[i - 1], sys.modules[path], raising=False)
+    for key, value in content.items():
+        setattr(sys.modules[name], key, value)
+    return sys.modules[name]
+
+
+def trainer_of(folder: Path, kind: type[Trainer] = Trainer) -> Trainer:
+    rows = [{k: v[0] for k, v in tiny_models.batch(seed=i, rows=1).items()} for i in range(4)]
+    arguments = TrainingArguments(
+        str(folder / "out"), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return kind(tiny_models.build("llama"), arguments, train_dataset=rows)
+
+
+def check_trained(trainer: Trainer) -> None:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, OwLore)
+    assert optimizer.steps == 3
+    assert len(optimizer.active_blocks) == 2
+    assert all(group["lr"] == 0.01 for group in optimizer.param_groups)
+
+
+@pytest.mark.usefixtures("owlore_yaml")
+def test_axolotl_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
+    names: dict[str, Any] = {}
+    exec(lines_of("Axolotl"), names)
+    trainer = trainer_of(tmp_path)
+    names["OwLorePlugin"]().post_trainer_create(SimpleNamespace(), trainer)
+    trainer.train()
+    check_trained(trainer)
+
+
+@pytest.mark.usefixtures("owlore_yaml")
+def test_llama_factory_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stand_in(monkeypatch, "llamafactory.train.sft.trainer", create_custom_optimizer=None)
+
+    class CustomSeq2SeqTrainer(Trainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            if self.optimizer is None:
+                self.optimizer = module.create_custom_optimizer(self.model, self.args, None)
+            return super().create_optimizer(*args, **kwargs)
+
+    ran = []
+
+    def run_exp() -> None:
+        ran.append(trainer_of(tmp_path, CustomSeq2SeqTrainer))
+        ran[0].train()
+
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
+    exec(lines_of("LLaMA-Factory"), {})
+    check_trained(ran[0])
