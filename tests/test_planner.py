@@ -307,3 +307,40 @@ def test_peak_on_a_gpu(options: dict[str, Any], checkpointing: bool) -> None:
         optimizer.zero_grad()
     made = planner.plan("smollm2-135m", config, 4, 512, checkpointing=checkpointing)
     assert torch.cuda.max_memory_allocated() == pytest.approx(made.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("rank", "projected"), [(8, True), (8, False), (136, True)])
+def test_scratch_is_what_the_kernels_ask_for(
+    rank: int, projected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from owlore.kernels import common, lowrank_adam
+
+    asked: list[int] = []
+    arena = common.arena
+
+    def spy(device: torch.device, size: int) -> Tensor:
+        asked.append(size)
+        return arena(device, size)
+
+    monkeypatch.setattr(common, "arena", spy)
+    monkeypatch.setattr(planner, "_ARCHITECTURE", 0)
+    shapes = [(48, 40), (40, 48)]
+    sides = ["right", "left"]
+    lists: list[list[Tensor]] = [[] for _ in range(6)]
+    for (m, n), side in zip(shapes, sides, strict=True):
+        R = torch.randn((rank, n) if side == "left" else (m, rank))
+        values = [
+            torch.randn(m, n), R if projected else torch.randn(m, n),
+            torch.randn(m if side == "left" else n, rank), R.clone(), R.square(), torch.tensor(1.0),
+        ]  # fmt: skip
+        for entries, value in zip(lists, values, strict=True):
+            entries.append(value)
+    launched = lowrank_adam.launch_lowrank_adam(
+        *lists, torch.tensor(1e-3, dtype=torch.float64), torch.zeros(2, dtype=torch.int32),
+        torch.tensor(1), sides=sides, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, scale=1.0,
+        stochastic=False, seed=0, streams=[1, 2], projected=projected,
+    )  # fmt: skip
+    assert launched
+    empty = [[value.to("meta") for value in entries] for entries in lists]
+    planned = planner._scratch("lowrank_adam_", *empty, sides=sides, projected=projected)
+    assert planned == max(asked, default=0)
