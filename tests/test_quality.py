@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality
 import quality_data
+import quality_figures
 import quality_stats
 import quality_train
 from quality_data import Question, Tokens
@@ -243,3 +244,18 @@ def test_the_test_table_needs_the_validation_table() -> None:
     chosen = [job for job in quality.jobs("test", rows) if job.chosen]
     assert len(chosen) == 5 * len(quality.MAIN)
     assert {job.split for job in chosen} == {"test"}
+
+
+def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path) -> None:
+    rows = [
+        {**row("full", 1e-4, 48.0 + seed, "test", seed), "chosen": True} for seed in range(3)
+    ] + [{**row("owlore", 3e-4, 47.9 + seed, "test", seed), "chosen": True} for seed in range(3)]
+    rows.append(row("owlore", 3e-4, 99.0, "test", variant="blocks=2"))
+    head, cells = quality_figures.table(rows)
+    assert [line[0] for line in cells] == ["full fine-tuning", "OwLore"]
+    assert all(len(line) == len(head) for line in cells)
+    assert cells[1][2:4] == ["48.90 ± 1.00", "-0.10 [-0.10, -0.10]"]
+    quality_figures.chart(rows, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no rows of chosen variants"):
+        quality_figures.table(rows[-1:])
