@@ -477,11 +477,11 @@ def summary(args: argparse.Namespace) -> None:
     rows = read_rows([args.json, *args.files])
     for task in SPLITS:
         for split in ("validation", "test"):
-            table = quality_stats.summarise(rows, task, split)
+            table = quality_stats.summarise(rows, task, split, args.against)
             if not table:
                 continue
             print(f"\n{task}, {split}\n")
-            print("| method | variant | lr | seeds | mean | deviation | against full fine-tuning | "
+            print(f"| method | variant | lr | seeds | mean | deviation | against {args.against[0]} | "
                   "state MiB | peak GiB | seconds | trained | per task |")  # fmt: skip
             print("| --- " * 12 + "|")
             for e in table:
@@ -489,7 +489,7 @@ def summary(args: argparse.Namespace) -> None:
                 tasks = " / ".join(f"{value:.1f}" for value in e["per_task"].values())
                 name = e["method"] + (" *" if e["chosen"] else "")
                 print(f"| {name} | {e['variant']} | {e['lr']:.0e} | {e['seeds']} | "
-                      f"{e['mean']:.4g} | {deviation} | {interval(e['against_full'])} | "
+                      f"{e['mean']:.4g} | {deviation} | {interval(e['against'])} | "
                       f"{e['state_mib']:.0f} | {e['peak_gib']:.2f} | {e['seconds']:.1f} | "
                       f"{e['trained_parameters'] / 1e6:.1f}M | {tasks} |")  # fmt: skip
 
@@ -526,6 +526,10 @@ def main() -> None:
     three.set_defaults(do=merge)
     four = commands.add_parser("summary", help="means, deviations, paired differences")
     four.add_argument("files", type=Path, nargs="*", default=[])
+    four.add_argument(
+        "--against", nargs=2, default=("full", None), metavar=("METHOD", "VARIANT"),
+        help="what the others are compared with, seed by seed (default: full fine-tuning)",
+    )  # fmt: skip
     four.set_defaults(do=summary)
     for command in (three, four):
         command.add_argument("--json", type=Path, default=RESULTS)

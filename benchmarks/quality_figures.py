@@ -52,7 +52,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         cells.append(
             [
                 name, f"{entry['lr']:g}", f"{entry['mean']:.2f}{deviation}",
-                "" if entry["method"] == "full" else _interval(entry["against_full"]),
+                "" if entry["method"] == "full" else _interval(entry["against"]),
                 "" if loss is None else f"{loss['mean']:.4f}", f"{entry['state_mib']:.0f}",
                 f"{entry['peak_gib']:.2f}", f"{entry['seconds']:.0f}", entry["seeds"],
             ]

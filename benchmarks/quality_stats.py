@@ -109,11 +109,18 @@ def best_rates(rows: Iterable[Row], task: str) -> dict[str, tuple[str, float]]:
     return {method: (variant, -minus) for method, (_, minus, variant) in best.items()}
 
 
-def summarise(rows: Sequence[Row], task: str, split: str) -> list[Row]:
+def summarise(
+    rows: Sequence[Row], task: str, split: str, against: tuple[str, str | None] = ("full", None)
+) -> list[Row]:
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
 
-    `against_full` is the difference to full fine-tuning at its chosen rate (of several rates the
-    one with the most seeds, then the better one), seed by seed, with its 95% interval.
+    Args:
+        rows: Rows of runs.
+        task: The task.
+        split: "validation" or "test".
+        against: Method, and variant or None for any, of the runs that all are compared with (of
+            several, and of several rates, those with the most seeds, then the better ones). The
+            difference, seed by seed, is `against` with its 95% interval.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
     for row in rows:
@@ -126,8 +133,10 @@ def summarise(rows: Sequence[Row], task: str, split: str) -> list[Row]:
         values = [value(row) for row in groups[key].values()]
         return len(values), sign * statistics.mean(values)
 
-    full = max((key for key in groups if key[0] == "full"), key=rank, default=None)
-    reference = {} if full is None else {s: value(r) for s, r in groups[full].items()}
+    method, variant = against
+    like = [key for key in groups if key[0] == method and variant in (None, key[1])]
+    best = max(like, key=rank, default=None)
+    reference = {} if best is None else {s: value(r) for s, r in groups[best].items()}
     table = []
     for (method, variant, lr), by_seed in groups.items():
         values = {seed: value(row) for seed, row in by_seed.items()}
@@ -136,7 +145,7 @@ def summarise(rows: Sequence[Row], task: str, split: str) -> list[Row]:
             "method": method, "variant": variant, "lr": lr, "seeds": len(values),
             "mean": statistics.mean(values.values()),
             "deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
-            "against_full": paired(values, reference),
+            "against": paired(values, reference),
             "peak_gib": max(row["peak_gib"] for row in own),
             "state_mib": max(row["state_mib"] for row in own),
             "seconds": statistics.mean(row["seconds"] for row in own),

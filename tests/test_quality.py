@@ -205,12 +205,14 @@ def test_rates_are_chosen_on_the_validation_split_alone() -> None:
     }  # fmt: skip
 
 
-def test_summary_compares_with_full_fine_tuning_seed_by_seed() -> None:
+def test_summary_compares_seed_by_seed() -> None:
     rows = [row("full", 1e-4, 50.0 + seed, "test", seed) for seed in range(3)]
     rows += [row("lora", 3e-4, 49.0 + seed, "test", seed) for seed in range(3)]
     table = quality_stats.summarise(rows, "commonsense", "test")
     assert [entry["method"] for entry in table] == ["full", "lora"]
-    assert table[1]["against_full"] == pytest.approx((-1.0, -1.0, -1.0))
+    assert table[1]["against"] == pytest.approx((-1.0, -1.0, -1.0))
+    other = quality_stats.summarise(rows, "commonsense", "test", ("lora", "default"))
+    assert other[0]["against"] == pytest.approx((1.0, 1.0, 1.0))
     assert table[1]["mean"] == 50.0
     assert table[1]["deviation"] == pytest.approx(1.0)
 
