@@ -480,18 +480,23 @@ def summary(args: argparse.Namespace) -> None:
             table = quality_stats.summarise(rows, task, split, args.against)
             if not table:
                 continue
-            print(f"\n{task}, {split}\n")
-            print(f"| method | variant | lr | seeds | mean | deviation | against {args.against[0]} | "
-                  "state MiB | peak GiB | seconds | trained | per task |")  # fmt: skip
-            print("| --- " * 12 + "|")
+            head = [
+                "method", "variant", "lr", "seeds", "mean", "deviation",
+                f"against {args.against[0]}", "state MiB", "peak GiB", "seconds", "trained",
+                "per task",
+            ]  # fmt: skip
+            lines = [head, ["---"] * len(head)]
             for e in table:
                 deviation = "" if e["deviation"] is None else f"{e['deviation']:.3g}"
                 tasks = " / ".join(f"{value:.1f}" for value in e["per_task"].values())
-                name = e["method"] + (" *" if e["chosen"] else "")
-                print(f"| {name} | {e['variant']} | {e['lr']:.0e} | {e['seeds']} | "
-                      f"{e['mean']:.4g} | {deviation} | {interval(e['against'])} | "
-                      f"{e['state_mib']:.0f} | {e['peak_gib']:.2f} | {e['seconds']:.1f} | "
-                      f"{e['trained_parameters'] / 1e6:.1f}M | {tasks} |")  # fmt: skip
+                lines.append([
+                    e["method"] + (" *" if e["chosen"] else ""), e["variant"], f"{e['lr']:.0e}",
+                    str(e["seeds"]), f"{e['mean']:.4g}", deviation, interval(e["against"]),
+                    f"{e['state_mib']:.0f}", f"{e['peak_gib']:.2f}", f"{e['seconds']:.1f}",
+                    f"{e['trained_parameters'] / 1e6:.1f}M", tasks,
+                ])  # fmt: skip
+            print(f"\n{task}, {split}\n")
+            print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
 def main() -> None:
