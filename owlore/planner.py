@@ -420,7 +420,7 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: An option does not fit the model, or its code needs to read tensors' values.
+        ValueError: An option does not fit the model, or what its code does depends on values.
         ModelError: There is no such model.
     """
     for name, value in (("batch", batch), ("seq", seq), ("accumulation", accumulation)):
@@ -443,8 +443,14 @@ def plan(
         blocks=len(active), distribution=lambda _: chosen, scores=None, floor=0.0,
         interval=10**9, refresh_interval=_PERIOD,
     )  # fmt: skip
-    with _like_a_gpu():
-        steps, state = _simulate(empty, simulated, config, batch, seq, accumulation)
+    try:
+        with _like_a_gpu():
+            steps, state = _simulate(empty, simulated, config, batch, seq, accumulation)
+    except (RuntimeError, NotImplementedError) as error:
+        # What a model's code does with values (experts that pick their tokens) has no shape here.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = type(empty).__name__
+        raise ValueError(f"model: {kind} cannot be planned without its weights: {first}") from error
     moments = {
         f"{kind} step, {moment}": parts
         for kind, step in steps.items()
