@@ -8,7 +8,7 @@ from typing import Any
 
 from owlore._extension import status as _extension_status
 from owlore.config import OwLoreConfig
-from owlore.optimizer import OwLore
+from owlore.optimizer import OwLore, prepare_load
 from owlore.outliers import OutlierScores, outlier_scores
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "build_info",
     "outlier_scores",
+    "prepare_load",
 ]
 
 

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from owlore import blocks, ops, projected, projection, sampling
+from owlore import blocks, checkpoints, ops, projected, projection, sampling
 from owlore.config import Options, OwLoreConfig, importable
 from owlore.outliers import read_scores
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = "owlore"
+_CHECKPOINT = checkpoints.ENTRY
 _VERSION = 1
 # Options that may differ between a checkpoint and the optimizer that loads it: they stand in the
 # param_groups, which a checkpoint restores as every torch optimizer does, or in the saved scores.
 _FREE_OPTIONS = ("lr", "dense_lr", "betas", "eps", "weight_decay", "scale", "scores")
+# What `prepare_load` changes, beside states and flags.
+_COUNTERS = ("_p", "_scores", "_steps", "_drawn", "_active", "_accumulates")
 # Sketches from which bases are made at a time; each is freed when its basis is there.
 _SKETCHES = 16
 # A model of whose block weights less than this share trains is warned of.
@@ -72,6 +74,13 @@ class _Member:
         if self.projection is None or self.entry.module is None:
             return self.entry.param
         return cast(Tensor, self.entry.module.weight)
+
+    @property
+    def key(self) -> str:
+        """Name of the parameter that has the state."""
+        if self.projection is None:
+            return self.entry.name
+        return f"{self.entry.name.rpartition('.')[0]}.{blocks.COORDINATES}"
 
     @property
     def sketches(self) -> bool:
@@ -124,6 +133,14 @@ class _Ready(NamedTuple):
     step: Callable[..., None]
 
 
+class _Before(NamedTuple):
+    """What `prepare_load` changed, as it was."""
+
+    fields: dict[str, Any]
+    state: dict[Tensor, Any]
+    flags: list[tuple[nn.Parameter, bool]]
+
+
 class _Bucket:
     """Members that share one call of an op: same device, dtypes, group, path and decay."""
 
@@ -162,6 +179,7 @@ class _DrawHook:
         if optimizer is None or self._module() is not module:
             return
         if module.training and torch.is_grad_enabled():
+            optimizer._abandon_load()
             optimizer._apply_due_draw()
             optimizer._set_modes()
 
@@ -246,6 +264,9 @@ class OwLore(Optimizer):
         self._sealed = False
         super().__init__(_param_groups(members, given), {"lr": given.lr})
         self._sealed = True
+        # A flattened distributed checkpoint takes the keys of the groups, of which this is one;
+        # `state_dict` fills it.
+        self.param_groups[0][_CHECKPOINT] = None
         for group in self.param_groups:
             for member in members:
                 if member.entry.role == group["name"]:
@@ -272,6 +293,7 @@ class OwLore(Optimizer):
         self._warned: set[str] = set()
         self._reported_skips = 0
         self._detached = False
+        self._before_load: _Before | None = None
         own_hook = _DrawHook(self, layout.owner, before)
         self._hook = layout.owner.register_forward_pre_hook(own_hook)
         self._dense_path = dense
@@ -556,6 +578,9 @@ class OwLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_probed():
+            return loss
+        self._abandon_load()
         if self._draw_is_due():
             self._warn_once(
                 "a draw of blocks was due and no training forward pass of "
@@ -580,6 +605,19 @@ class OwLore(Optimizer):
         for rng_step in self._rng_steps.values():
             rng_step.add_(1)
         return loss
+
+    def _is_probed(self) -> bool:
+        """Whether this step() only asks for empty states, which a later load is to fill.
+
+        `torch.distributed.checkpoint` does so, with rates and gradients of zero, where an
+        optimizer has no state. Which states a checkpoint has, `prepare_load` knows.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if self._before_load is not None:
+            return True
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an exact refresh whose step was skipped starts over."""
@@ -914,19 +952,20 @@ class OwLore(Optimizer):
             ValueError: The checkpoint is damaged, comes from another optimizer or model, or was
                 made with other options.
         """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        counters, states = self._check_checkpoint(state_dict)
-        self._p = np.array(counters["probabilities"])
-        self._scores = counters["scores"]
-        self._steps, self._drawn = counters["steps"], counters["drawn"]
-        self._active = self._draw(self._drawn) if self._drawn >= 0 else ()
-        self._accumulates = bool(counters.get("accumulates", False))
+        try:
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                replaced = hook(self, state_dict)
+                state_dict = state_dict if replaced is None else replaced
+            counters, states = self._check_checkpoint(state_dict)
+        except Exception:
+            self._undo_prepare()
+            raise
+        self._set_counters(counters)
         self._set_gradient_dtype()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            own = ("params", "param_names", "name")
-            group.update({k: v for k, v in saved.items() if k not in own and k != _CHECKPOINT})
+            own = ("params", "param_names", "name", _CHECKPOINT)
+            group.update({k: v for k, v in saved.items() if k not in own})
+            group["betas"] = tuple(group["betas"])
         self.state.clear()
         for member, saved_state in states:
             away = self.config.state == "offload" and not self._is_active(member)
@@ -938,6 +977,21 @@ class OwLore(Optimizer):
             self.state[member.param] = state
             if away:
                 self._move_state(member, _to_host)
+        if self._before_load is not None:
+            for param, flag in self._before_load.flags:
+                param.requires_grad_(flag)
+            self._before_load = None
+        self._reported_skips = 0
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _set_counters(self, counters: dict[str, Any]) -> None:
+        """Goes to the step of a checkpoint; what was worked out for another step is dropped."""
+        self._p = np.array(counters["probabilities"])
+        self._scores = counters["scores"]
+        self._steps, self._drawn = counters["steps"], counters["drawn"]
+        self._active = self._draw(self._drawn) if self._drawn >= 0 else ()
+        self._accumulates = bool(counters.get("accumulates", False))
         self._flags_applied = self._drawn < 0
         self._modes_step = -1
         self._buckets = None
@@ -945,23 +999,72 @@ class OwLore(Optimizer):
         self._energy.clear()
         self._rng_steps.clear()
         self._skipped.clear()
-        self._reported_skips = 0
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
-    def _check_checkpoint(
-        self, state_dict: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[tuple[_Member, dict[str, Any]]]]:
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError("checkpoint: expected a dict with 'state' and 'param_groups'")
-        saved_groups = state_dict["param_groups"]
-        if not saved_groups or _CHECKPOINT not in saved_groups[0]:
-            raise ValueError("checkpoint: not written by OwLore (no 'owlore' entry in its groups)")
-        counters = saved_groups[0][_CHECKPOINT]
-        if counters.get("version") != _VERSION:
-            raise ValueError(
-                f"checkpoint: expected version {_VERSION}, got {counters.get('version')!r}"
+    @torch.no_grad()
+    def prepare_load(self, checkpoint: Any) -> None:
+        """See `owlore.prepare_load`."""
+        saved = checkpoints.read(checkpoint)
+        self._check_header(saved.counters)
+        members = {m.key: m for m in self._members} | {m.entry.name: m for m in self._members}
+        states = []
+        for name, state in saved.states.items():
+            member = members.get(blocks.clean_name(name))
+            if member is None:
+                raise ValueError(f"checkpoint: state of unknown parameter {name!r}")
+            _check_state(member, state, self.config)
+            states.append((member, state))
+        self._undo_prepare()
+        params = [param for member in self._members for param in member.takers]
+        self._before_load = _Before(
+            {name: getattr(self, name) for name in _COUNTERS},
+            dict(self.state),
+            [(param, param.requires_grad) for param in params],
+        )
+        self._set_counters(saved.counters)
+        self.state.clear()
+        for param in params:
+            # Distributed loading takes the state of what requires a gradient and of nothing else.
+            param.requires_grad_(False)
+            param.grad = None
+        for member, state in states:
+            member.param.requires_grad_(True)
+            self.state[member.param] = {
+                key: torch.zeros_like(value, device=member.weight.device)
+                if isinstance(value, Tensor)
+                else value
+                for key, value in state.items()
+            }
+
+    def _undo_prepare(self) -> None:
+        """Goes back to before `prepare_load`, if nothing was loaded since."""
+        if self._before_load is None:
+            return
+        before, self._before_load = self._before_load, None
+        for name, value in before.fields.items():
+            setattr(self, name, value)
+        self.state.clear()
+        self.state.update(before.state)
+        for param, flag in before.flags:
+            param.requires_grad_(flag)
+        self._flags_applied = self._drawn < 0
+        self._modes_step = -1
+        self._buckets = None
+        self._rng_steps.clear()
+        self._skipped.clear()
+
+    def _abandon_load(self) -> None:
+        if self._before_load is not None:
+            self._warn_once(
+                "prepare_load() was called, and no state was loaded: training goes on "
+                "from where it was"
             )
+            self._undo_prepare()
+
+    def _check_header(self, counters: dict[str, Any]) -> None:
+        """Checks what does not depend on the states."""
+        if not isinstance(counters, dict) or counters.get("version") != _VERSION:
+            version = counters.get("version") if isinstance(counters, dict) else counters
+            raise ValueError(f"checkpoint: expected version {_VERSION}, got {version!r}")
         mine, theirs = _bound_options(self.config), counters.get("config", {})
         different = [
             f"{name} (checkpoint {theirs.get(name)!r}, here {mine[name]!r})"
@@ -974,6 +1077,17 @@ class OwLore(Optimizer):
                 "same options, or start a new optimizer from the saved weights"
             )
         self._check_counters(counters)
+
+    def _check_checkpoint(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[tuple[_Member, dict[str, Any]]]]:
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError("checkpoint: expected a dict with 'state' and 'param_groups'")
+        saved_groups = state_dict["param_groups"]
+        if not saved_groups or not saved_groups[0].get(_CHECKPOINT):
+            raise ValueError("checkpoint: not written by OwLore (no 'owlore' entry in its groups)")
+        counters = saved_groups[0][_CHECKPOINT]
+        self._check_header(counters)
         by_id: dict[int, _Member] = {}
         members = {id(member.param): member for member in self._members}
         names = [group["name"] for group in self.param_groups]
@@ -993,6 +1107,9 @@ class OwLore(Optimizer):
                     by_id[number] = members[id(param)]
         states = []
         for number, state in state_dict["state"].items():
+            if not state:
+                # A flattened distributed checkpoint has empty states of what has none.
+                continue
             if number not in by_id:
                 raise ValueError(f"checkpoint: state of unknown parameter {number!r}")
             member = by_id[number]
@@ -1290,3 +1407,26 @@ def _to_host(value: Tensor) -> Tensor:
     """A copy in host memory, pinned where there is a GPU."""
     host = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
     return host.copy_(value, non_blocking=True)
+
+
+def prepare_load(optimizer: Any, checkpoint: Any) -> None:
+    """Gets an optimizer ready for state that `torch.distributed.checkpoint` is to load.
+
+    Distributed loading fills the states that an optimizer has, and which blocks have one, their
+    checkpoint alone knows. Call this between building the optimizer and `get_optimizer_state_dict`
+    or `set_optimizer_state_dict`; plain `load_state_dict` needs no preparation. If nothing is
+    loaded then, the optimizer goes back to what it was at the next training step.
+
+    Args:
+        optimizer: An `OwLore`, or a wrapper with it as `optimizer` (accelerate's).
+        checkpoint: An optimizer's state dict, a file of one, a folder of
+            `torch.distributed.checkpoint`, or a trainer's checkpoint folder.
+
+    Raises:
+        TypeError: The optimizer is no `OwLore`.
+        ValueError: The checkpoint is damaged, or does not fit; the optimizer is unchanged.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, OwLore):
+        raise TypeError(f"optimizer: expected an OwLore, got {type(optimizer).__name__}")
+    inner.prepare_load(checkpoint)

@@ -293,9 +293,15 @@ class ProjectedLayer(nn.Module):
         with self._hidden():
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in _PARAMETERS:
+            # torch.distributed.checkpoint adds the model's own parameters to what it loads.
+            if state_dict.get(prefix + name) is self._parameters.get(name):
+                state_dict.pop(prefix + name, None)
         with self._hidden():
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with self._hidden():
