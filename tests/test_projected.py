@@ -464,6 +464,29 @@ def test_the_sum_of_micro_batches_is_the_gradient_of_their_sum(tiny_llama):
         torch.testing.assert_close(grad, parts[name], **tolerances.TRAINING_FLOAT64)
 
 
+def test_an_exact_refresh_keeps_the_basis_of_the_first_micro_batch(tiny_llama):
+    model = tiny_llama.double()
+    plain = copy.deepcopy(model)
+    options = {**SMALL, "blocks": "all", "refresh": "exact", "basis": "svd"}
+    optimizer = OwLore(model, **options)
+    ids = [batch(0, micro) for micro in range(2)]
+    plain(ids[0], labels=ids[0]).loss.backward()
+    first = {n: p.grad.clone() for n, p in plain.named_parameters()}
+    plain(ids[1], labels=ids[1]).loss.backward()
+    for part in ids:
+        model(part, labels=part).loss.backward()
+    for member in optimizer._members:
+        if member.projection is None:
+            continue
+        G = first[member.entry.name]
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        left = member.side == "left"
+        P = U[:, :4] if left else Vh[:4].T
+        both = plain.get_parameter(member.entry.name).grad
+        truth = (P.T @ both if left else both @ P).norm()
+        assert float(member.param.grad.norm() / truth) == pytest.approx(1, rel=1e-9)
+
+
 @pytest.mark.parametrize("refresh", ["sketch", "exact"])
 @pytest.mark.parametrize("to_none", [True, False])
 def test_an_overflow_that_a_scaler_skips_leaves_the_refresh_due(tiny_llama, refresh, to_none):
