@@ -394,6 +394,15 @@ def test_the_basis_of_a_sketch_holds_most_of_the_gradient(tiny_llama, side):
     assert not [n for n in before if torch.equal(before[n], after[n])]
 
 
+def test_a_sketch_is_freed_by_the_step_that_used_it(tiny_llama):
+    optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all"})
+    ids = batch(0)
+    tiny_llama(ids, labels=ids).loss.backward()
+    assert optimizer.memory()["gradients"] > 0
+    optimizer.step()
+    assert all(param.grad is None for param in coordinates(tiny_llama).values())
+
+
 def test_the_refresh_clock_counts_the_sketch(tiny_llama):
     options = {**SMALL, "blocks": "all", "refresh_interval": 3, "interval": 50}
     optimizer = OwLore(tiny_llama, **options)
@@ -488,8 +497,8 @@ def test_an_exact_refresh_keeps_the_basis_of_the_first_micro_batch(tiny_llama):
 
 
 @pytest.mark.parametrize("refresh", ["sketch", "exact"])
-@pytest.mark.parametrize("to_none", [True, False])
-def test_an_overflow_that_a_scaler_skips_leaves_the_refresh_due(tiny_llama, refresh, to_none):
+@pytest.mark.parametrize("zeroed", ["none", "zeros", "by the model"])
+def test_an_overflow_that_a_scaler_skips_leaves_the_refresh_due(tiny_llama, refresh, zeroed):
     optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all", "refresh": refresh})
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127 * 1.9, growth_interval=10**6)
     before = {n: p.clone() for n, p in tiny_llama.state_dict().items()}
@@ -499,7 +508,10 @@ def test_an_overflow_that_a_scaler_skips_leaves_the_refresh_due(tiny_llama, refr
         scaler.scale(tiny_llama(ids, labels=ids).loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=to_none)
+        if zeroed == "by the model":
+            tiny_llama.zero_grad()
+        else:
+            optimizer.zero_grad(set_to_none=zeroed == "none")
         steps = optimizer.steps
         if steps == 2:
             break
