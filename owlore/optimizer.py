@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from owlore import blocks, checkpoints, ops, projected, projection, sampling
+from owlore import blocks, checkpoints, distributed, ops, projected, projection, sampling
 from owlore.config import Options, OwLoreConfig, importable
 from owlore.outliers import read_scores
 
@@ -181,6 +181,7 @@ class _DrawHook:
         if module.training and torch.is_grad_enabled():
             optimizer._abandon_load()
             optimizer._apply_due_draw()
+            optimizer._exchange.before_forward()
             optimizer._set_modes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DrawHook:
@@ -294,12 +295,24 @@ class OwLore(Optimizer):
         self._reported_skips = 0
         self._detached = False
         self._before_load: _Before | None = None
+        self._share(model)
         own_hook = _DrawHook(self, layout.owner, before)
         self._hook = layout.owner.register_forward_pre_hook(own_hook)
         self._dense_path = dense
         for line in self.describe():
             logger.log(logging.WARNING if "not trained" in line else logging.INFO, line)
         _warn_of_small_share(layout)
+
+    def _share(self, model: nn.Module) -> None:
+        """Gets ready for training on several ranks."""
+        toggled = [m for m in self._members if not m.always or m.projection is not None]
+        hidden = [param for member in toggled for param in member.takers]
+        values = [m.param for m in toggled if m.projection is None] + self._frozen
+        self._exchange = distributed.Exchange(self._layout.owner, hidden, values)
+        ddp = distributed.find_ddp(model)
+        self._show = distributed.hide_from_ddp(self._model, ddp, [*hidden, *self._frozen])
+        if ddp is not None:
+            self._exchange.wrapped_by(ddp, synced=True)
 
     # What the user reads.
 
@@ -487,6 +500,7 @@ class OwLore(Optimizer):
                 continue
             state = self.state.get(member.param, {})
             layer.found, layer.basis = None, None
+            layer.average = self._exchange.average_ if self._exchange.active else None
             if not self._is_active(member):
                 layer.mode = projected.OFF
             elif state.get("basis_age", -1) >= 0:
@@ -539,6 +553,8 @@ class OwLore(Optimizer):
         Removes the hook, restores every requires_grad, frees gradients and state.
         """
         self._hook.remove()
+        self._exchange.close()
+        self._show()
         if self._inputs_needed_grads:
             cast(Any, self._model).enable_input_require_grads()
         for member in self._members:
@@ -591,6 +607,13 @@ class OwLore(Optimizer):
         if self._modes_step < 0:
             # Without a forward pass that set them, as after a draw in this very call.
             self._set_modes()
+        if self._exchange.owes:
+            self._warn_once(
+                "step() found gradients that were not averaged over the ranks, and averages them "
+                "now, after any clipping: let the last backward pass of a step run outside "
+                "no_sync()"
+            )
+            self._exchange.settle()
         self._read_pending()
         if self._buckets is None:
             self._buckets = self._build_buckets()
@@ -601,10 +624,18 @@ class OwLore(Optimizer):
                 "(was backward() called? reentrant activation checkpointing without input "
                 "gradients yields none)"
             )
+        if self._exchange.compares:
+            self._exchange.compare(self._bases(), self._active)
         self._steps += 1
         for rng_step in self._rng_steps.values():
             rng_step.add_(1)
         return loss
+
+    def _bases(self) -> dict[str, Tensor]:
+        """Bases of what trains, by parameter name."""
+        active = [member for member in self._members if self._is_active(member)]
+        states = {member.entry.name: self.state.get(member.param, {}) for member in active}
+        return {name: state["basis"] for name, state in states.items() if "basis" in state}
 
     def _is_probed(self) -> bool:
         """Whether this step() only asks for empty states, which a later load is to fill.

@@ -16,7 +16,7 @@ Letters as in `owlore.reference`; T is the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -89,6 +89,7 @@ class Projection:
         basis: P, or None. [m, r] (left) or [n, r] (right).
         seed: Seed of the test matrix. [], int64, on the CPU.
         recipe: Method, power iterations and oversampling of `projection.refresh_bases` (EXACT).
+        average: Averages a gradient over ranks in place, or None on one rank (EXACT).
         found: Basis, captured energy and finiteness found in this step's backward (EXACT).
     """
 
@@ -99,6 +100,7 @@ class Projection:
         self.basis: Tensor | None = None
         self.seed: Tensor | None = None
         self.recipe: tuple[str, int, int] = ("subspace", 0, 0)
+        self.average: Callable[[Tensor], None] | None = None
         self.found: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projection:
@@ -187,6 +189,8 @@ def _exact(state: Projection, dY: Tensor, X: Tensor, dtype: torch.dtype) -> Tens
     """R in a step that finds its basis in the gradient of its first micro-batch."""
     if state.found is None:
         G = dY.mT @ X
+        if state.average is not None:
+            state.average(G)
         method, power_iterations, oversampling = state.recipe
         bases, energies, finite = projection.refresh_bases(
             [G], [state.rank], [state.side], [state.basis], [int(cast(Tensor, state.seed))],

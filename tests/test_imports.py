@@ -18,7 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("kernels", "reference", "_extension"),
     ("ops",),
-    ("config", "sampling", "outliers", "projection", "projected", "blocks", "checkpoints"),
+    (
+        "config",
+        "sampling",
+        "outliers",
+        "projection",
+        "projected",
+        "blocks",
+        "checkpoints",
+        "distributed",
+    ),
     ("optimizer",),
     ("trainer", "data", "models", "options", "report", "planner", "finetune"),
     ("cli", "__init__"),

@@ -1,0 +1,302 @@
+"""Training on several ranks: what the wrapper leaves alone, and how its gradients are averaged.
+
+DistributedDataParallel (DDP) expects a gradient of every parameter that it manages in every step,
+and keeps a bucket of memory for it. So whatever a draw switches on and off, and the coordinates of
+projected layers, are hidden from it. Their gradients are averaged here, concatenated, at the end of
+the backward pass that ends a step's accumulation.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+# Compares bases and active blocks over ranks at each step.
+DEBUG = "OWLORE_DEBUG"
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+# Gradients of at least as many bytes are averaged where they are; a copy would cost more than a
+# call of their own.
+_LARGE = 2**24
+# Where a gradient begins in the concatenation: 128 bytes at most.
+_ALIGNED = 64
+_BROADCAST_BYTES = 250 * 2**20
+
+
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP wrapper that a model was given in, inside torch.compile's."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def names_of(model: nn.Module, params: Iterable[nn.Parameter]) -> list[str]:
+    """All names that parameters have in a model."""
+    wanted = {id(param) for param in params}
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, param in named if id(param) in wanted]
+
+
+def hide_from_ddp(
+    model: nn.Module, ddp: DistributedDataParallel | None, params: list[nn.Parameter]
+) -> Callable[[], None]:
+    """Makes DDP, present or future, leave parameters of a model alone.
+
+    Args:
+        model: The model inside the wrapper.
+        ddp: Its wrapper, if it has one already.
+        params: What to hide.
+
+    Returns:
+        What shows them to later wrappers again.
+
+    Raises:
+        ValueError: Nothing would be left for the wrapper.
+    """
+    names = names_of(model, params)
+    before = getattr(model, _IGNORED, None)
+    if ddp is not None:
+        _rebuild(ddp, names)
+    setattr(model, _IGNORED, [*(before or ()), *names])
+
+    def show() -> None:
+        if before is None:
+            delattr(model, _IGNORED)
+        else:
+            setattr(model, _IGNORED, before)
+
+    return show
+
+
+def _rebuild(ddp: DistributedDataParallel, names: list[str]) -> None:
+    """Builds a wrapper's reducer anew, without the named parameters."""
+    ignored = ddp.parameters_to_ignore | set(names)
+    managed = [param for name, param in ddp.module.named_parameters() if name not in ignored]
+    if not any(param.requires_grad for param in managed):
+        raise ValueError(
+            "model: DistributedDataParallel would have no parameter to manage: under it one of "
+            "embeddings, head and norms must be 'full'"
+        )
+    ddp.parameters_to_ignore = ignored
+    ddp._module_parameters = managed
+    # As DDP does it for a wrapper that was pickled.
+    parameters, sparse = ddp._build_params_for_reducer()
+    names_by_index = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names_by_index, ddp.static_graph)
+    if ddp.static_graph:
+        ddp._set_static_graph()
+    hooks, ddp._comm_hooks = ddp._comm_hooks, []
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+
+
+class Exchange:
+    """Averages gradients over ranks that no wrapper averages.
+
+    Args:
+        owner: The module whose forward runs the blocks.
+        hidden: Parameters whose gradients the wrapper does not average: those that a draw switches
+            on and off.
+        values: Parameters that are to begin with rank 0's values, which the wrapper does not see.
+    """
+
+    def __init__(
+        self, owner: nn.Module, hidden: list[nn.Parameter], values: list[nn.Parameter]
+    ) -> None:
+        self._owner = weakref.ref(owner)
+        self._hidden = hidden
+        self._values: list[nn.Parameter] | None = values
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._handle: Any = None
+        self._queued = False
+        self._syncs = True
+        # Whether gradients of this step are still each rank's own.
+        self.owes = False
+        self.group: Any = None
+        self.size = 1
+
+    @property
+    def active(self) -> bool:
+        """Whether there is more than one rank to average over."""
+        return self.size > 1
+
+    def wrapped_by(self, ddp: DistributedDataParallel, synced: bool) -> None:
+        """Works beside a DDP wrapper from now on.
+
+        Args:
+            ddp: The wrapper.
+            synced: Whether it made all hidden parameters equal on all ranks.
+
+        Raises:
+            RuntimeError: The wrapper manages a hidden parameter.
+        """
+        managed = {id(param) for param in ddp._module_parameters}
+        if any(id(param) in managed for param in self._hidden):
+            raise RuntimeError(
+                "owlore: DistributedDataParallel manages parameters that OwLore switches on and "
+                "off. Wrap the very model that OwLore was built from, or build OwLore from the "
+                "wrapped model: OwLore(DistributedDataParallel(model), ...)"
+            )
+        self._ddp = weakref.ref(ddp)
+        self.group = ddp.process_group
+        self.size = distributed.get_world_size(self.group)
+        if not self.active:
+            return
+        if not synced and self._values:
+            values = [param.detach() for param in self._values]
+            # Rank 0 of the group.
+            distributed._broadcast_coalesced(self.group, values, _BROADCAST_BYTES, 0)
+        self._values = None
+        self._listen()
+
+    def _listen(self) -> None:
+        owner = self._owner()
+        if self._handle is None and owner is not None:
+            self._handle = owner.register_forward_hook(_OutputHook(self))
+
+    def before_forward(self) -> None:
+        """At each training forward pass: finds the wrapper around it, and whether it averages."""
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None:
+            return
+        if self._ddp is None or self._ddp() is not ddp:
+            self.wrapped_by(ddp, synced=False)
+        self._syncs = ddp.require_backward_grad_sync
+
+    def after_forward(self, output: Any) -> None:
+        """Waits for the backward pass of an output."""
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._queue)
+
+    def _queue(self, grad: Tensor) -> None:
+        if not self._queued:
+            self._queued = True
+            # In the outermost backward pass: reentrant checkpointing runs others inside it.
+            Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        self._queued = False
+        self.owes = True
+        if self._syncs:
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Averages all gradients of the hidden parameters over the ranks."""
+        self.owes = False
+        shared: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in self._hidden:
+            if not param.requires_grad:
+                continue
+            if param.grad is None:
+                # Unused in this rank's batch, perhaps not in the others'.
+                param.grad = torch.zeros_like(param, memory_format=torch.contiguous_format)
+            grad = param.grad
+            shared.setdefault((grad.device, grad.dtype), []).append(grad)
+        for grads in shared.values():
+            small = []
+            for grad in grads:
+                if grad.nbytes >= _LARGE and grad.is_contiguous():
+                    self.average_(grad)
+                else:
+                    small.append(grad)
+            if small:
+                self._average_together(small)
+
+    def _average_together(self, grads: list[Tensor]) -> None:
+        places, total = [], 0
+        for grad in grads:
+            places.append(total)
+            total += -(-grad.numel() // _ALIGNED) * _ALIGNED
+        together = grads[0].new_zeros(total)
+        views = [
+            together[place : place + grad.numel()].view(grad.shape)
+            for place, grad in zip(places, grads, strict=True)
+        ]
+        torch._foreach_copy_(views, grads)
+        self.average_(together)
+        torch._foreach_copy_(grads, views)
+
+    def average_(self, tensor: Tensor) -> None:
+        """Replaces a tensor by its average over the ranks."""
+        if distributed.get_backend(self.group) == "nccl":
+            distributed.all_reduce(tensor, distributed.ReduceOp.AVG, group=self.group)
+        else:
+            distributed.all_reduce(tensor, group=self.group)
+            tensor.div_(self.size)
+
+    @property
+    def compares(self) -> bool:
+        """Whether ranks are compared at each step: debug mode."""
+        return self.active and os.environ.get(DEBUG, "0") not in ("", "0")
+
+    def compare(self, tensors: Mapping[str, Tensor], blocks: tuple[int, ...]) -> None:
+        """Raises RuntimeError where ranks hold different tensors or blocks."""
+        mine: dict[str, Any] = {name: _digest(tensor) for name, tensor in tensors.items()}
+        mine["active blocks"] = blocks
+        theirs: list[dict[str, Any]] = [{} for _ in range(self.size)]
+        distributed.all_gather_object(theirs, mine, group=self.group)
+        for rank, other in enumerate(theirs):
+            names = [name for name in {**mine, **other} if mine.get(name) != other.get(name)]
+            if names:
+                raise RuntimeError(
+                    f"owlore: rank {rank} of the group has another {names[0]} than this rank "
+                    f"({len(names)} of {len(mine)} differ)"
+                )
+
+    def close(self) -> None:
+        """Stops listening."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class _OutputHook:
+    """Forward hook of the module that owns the blocks; a copy of the model gets one that is off."""
+
+    def __init__(self, exchange: Exchange | None) -> None:
+        self._exchange = weakref.ref(exchange) if exchange is not None else lambda: None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        exchange = self._exchange()
+        if exchange is None or exchange._owner() is not module or not module.training:
+            return
+        if torch.is_grad_enabled():
+            exchange.after_forward(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OutputHook:
+        return _OutputHook(None)
+
+    def __reduce__(self) -> tuple[type[_OutputHook], tuple[None]]:
+        return _OutputHook, (None,)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Tensors in a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output):
+        for entry in fields(output):
+            yield from _tensors(getattr(output, entry.name))
+
+
+def _digest(tensor: Tensor) -> int:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return zlib.crc32(data.numpy().tobytes())
