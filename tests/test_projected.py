@@ -394,6 +394,29 @@ def test_the_basis_of_a_sketch_holds_most_of_the_gradient(tiny_llama, side):
     assert not [n for n in before if torch.equal(before[n], after[n])]
 
 
+@pytest.mark.parametrize("gradient", ["projected", "dense"])
+@pytest.mark.parametrize("what", ["weights", "states"])
+def test_a_step_follows_tensors_that_were_replaced(tiny_llama, gradient, what):
+    """As `model.to()` or a loader replaces them."""
+    options = {**SMALL, "blocks": "all", "gradient": gradient, "refresh": "exact"}
+    twin = copy.deepcopy(tiny_llama)
+    optimizers = {model: OwLore(model, **options) for model in (tiny_llama, twin)}
+    for step in range(3):
+        for model, optimizer in optimizers.items():
+            train_step(model, optimizer, step)
+        # Only one of the two.
+        if what == "weights":
+            for param in tiny_llama.parameters():
+                if param.untyped_storage().nbytes() > 4:
+                    param.data = param.data.clone()
+        else:
+            states = optimizers[tiny_llama].state
+            for param in list(states):
+                states[param] = copy.deepcopy(states[param])
+    for name, value in twin.state_dict().items():
+        assert torch.equal(tiny_llama.state_dict()[name], value), name
+
+
 def test_a_sketch_is_freed_by_the_step_that_used_it(tiny_llama):
     optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all"})
     ids = batch(0)
