@@ -13,7 +13,6 @@ from .common import (
     TL_DTYPES,
     Launch,
     Prepared,
-    Tables,
     aligned,
     bias_correction,
     fixed_key,
@@ -25,16 +24,15 @@ from .rounding import counter_words, eight_halves, stochastic_round
 
 # Columns of the table.
 _W = tl.constexpr(0)
-_G = tl.constexpr(1)
-_M = tl.constexpr(2)
-_V = tl.constexpr(3)
-_T = tl.constexpr(4)
-_ROWS = tl.constexpr(5)
-_COLS = tl.constexpr(6)
-_STREAM = tl.constexpr(7)
-_INDEX = tl.constexpr(8)
-_STRIDES = tl.constexpr(9)
-_FIELDS = 20
+_M = tl.constexpr(1)
+_V = tl.constexpr(2)
+_T = tl.constexpr(3)
+_ROWS = tl.constexpr(4)
+_COLS = tl.constexpr(5)
+_STREAM = tl.constexpr(6)
+_INDEX = tl.constexpr(7)
+_STRIDES = tl.constexpr(8)
+_FIELDS = 16
 
 # Programs of 4096 elements: 16 for each thread of eight warps.
 _BLOCK = 4096
@@ -74,6 +72,7 @@ def _rounded(x, old, row, group, eighth, key, WHICH: tl.constexpr, DENSE: tl.con
 def _adamw_kernel(
     table_ptr,
     tiles_ptr,
+    grads_ptr,
     lr_ptr,
     nonfinite_ptr,
     rng_step_ptr,
@@ -109,7 +108,7 @@ def _adamw_kernel(
     row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
     block = tl.load(tile_ptr + 1)
     w_ptr = pointer(row_ptr, _W, W_DTYPE, ALIGNED)
-    g_ptr = pointer(row_ptr, _G, G_DTYPE, ALIGNED)
+    g_ptr = pointer(grads_ptr + tl.load(row_ptr + _INDEX), 0, G_DTYPE, ALIGNED)
     m_ptr = pointer(row_ptr, _M, M_DTYPE, ALIGNED)
     v_ptr = pointer(row_ptr, _V, M_DTYPE, ALIGNED)
     t = tl.load(pointer(row_ptr, _T, tl.float32, False))
@@ -193,7 +192,7 @@ def prepare_adamw(
         the kernel does not cover.
     """
     device = params[0].device
-    groups: dict[tuple, tuple[list[int], list[list[int]], list[int]]] = {}
+    groups: dict[tuple, tuple[list[list[int]], list[int]]] = {}
     for index, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         W, G, M, V = tensors
         if not all(x.dtype in TL_DTYPES for x in tensors) or M.dtype != V.dtype:
@@ -206,21 +205,22 @@ def prepare_adamw(
         if not contiguous and W.dim() != 2:
             return None
         dense = contiguous and cols % 8 == 0
-        row = [W.data_ptr(), 0, M.data_ptr(), V.data_ptr(), steps[index].data_ptr()]
+        row = [x.data_ptr() for x in (W, M, V, steps[index])]
         row += [rows, cols, streams[index] & 0xFFFFFFFF, index]
         for x in tensors:
             row += [cols, 1] if contiguous else x.stride()
-        row += [0] * (_FIELDS - len(row))
         common = (W.dtype, G.dtype, M.dtype, dense, dense and aligned(tensors))
-        members, table, sizes = groups.setdefault(common, ([], [], []))
-        members.append(index)
+        table, sizes = groups.setdefault(common, ([], []))
         table.append(row)
         sizes.append(W.numel())
     prepared = [
-        (members, [_launch(common, sizes, stochastic, device)], Tables(table, device))
-        for common, (members, table, sizes) in groups.items()
+        (
+            [_launch(common, sizes, stochastic, device)],
+            upload(torch.tensor(table, dtype=torch.int64), device),
+        )
+        for common, (table, sizes) in groups.items()
     ]
-    return Prepared(prepared, grads, seed, grad_columns=[_G.value])
+    return Prepared(prepared, grads, seed)
 
 
 def _launch(common: tuple, sizes: Sequence[int], stochastic: bool, device: torch.device) -> Launch:

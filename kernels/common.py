@@ -1,4 +1,4 @@
-"""What the grouped optimizer kernels share: the pointer table, scalars and bias corrections."""
+"""What the grouped optimizer kernels share: launches, addresses, scalars and bias corrections."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Launch:
     argument and takes several times as long.
 
     Args:
-        kernel: The kernel; its first two parameters are the table and the tiles.
+        kernel: The kernel.
         tiles: A row for each program.
         constants: Its compile-time arguments and launch options.
     """
@@ -119,15 +119,15 @@ class Launch:
         self._tail = [constants[name] for name in kernel.arg_names if name in constants]
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, kind: Hashable, table: Tensor, values: dict[str, Any]) -> None:
+    def __call__(self, kind: Hashable, values: dict[str, Any]) -> None:
         """Launches.
 
         Args:
             kind: What the types and alignments of the arguments follow from.
-            table: The table.
             values: Arguments by name; those the kernel does not have are left out.
         """
-        arguments = [table, self._tiles, *[values[name] for name in self._names[2:]]]
+        values["tiles_ptr"] = self._tiles
+        arguments = [values[name] for name in self._names]
         start = self._compiled.get(kind)
         if start is not None:
             start(*arguments, *self._tail)
@@ -150,51 +150,46 @@ def keep(*objects: object) -> None:
     _captured.append(objects)
 
 
-class Tables:
-    """Tables on the device for launches whose gradients move from step to step.
+class Addresses:
+    """Addresses of tensors that move from step to step, on the device.
 
-    A table, once uploaded, is never written again: a CUDA graph may replay launches that read it.
-
-    Args:
-        rows: The table; what moves is zero, or an offset.
-        device: Where the launches run.
+    An array, once uploaded, is never written again: a CUDA graph may replay launches that read it.
     """
 
     _MOST = 4
 
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
-        self._rows = torch.tensor(rows, dtype=torch.int64)
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._staged: Tensor | None = None
 
-    def at(self, moved: Sequence[tuple[int, Sequence[int]]], capturing: bool) -> Tensor:
-        """The table with addresses added to whole columns.
+    def at(self, addresses: Sequence[int], capturing: bool) -> Tensor:
+        """The addresses as int64.
 
         Args:
-            moved: Columns, and the addresses to add to each.
+            addresses: The same number in every call.
             capturing: A CUDA graph is being captured.
         """
-        key = tuple([address for _, addresses in moved for address in addresses])
-        table = self._known.get(key)
-        if table is None:
-            host = self._blank() if self._staged is None else self._staged
-            host.copy_(self._rows)
-            for column, addresses in moved:
-                host[:, column] += torch.tensor(addresses, dtype=torch.int64)
-            table = host.to(self._device, non_blocking=True)
+        key = tuple(addresses)
+        array = self._known.get(key)
+        if array is None:
+            host = torch.tensor(addresses, dtype=torch.int64)
+            if self._device.type == "cuda":
+                staged = self._blank(len(key)) if self._staged is None else self._staged
+                host = staged.copy_(host)
+            array = host.to(self._device, non_blocking=True)
             if capturing:
                 # A replay reads the host's copy again.
                 keep(host)
             self._staged = None
-            remember(self._known, key, table, self._MOST)
-        if self._staged is None and not capturing:
+            remember(self._known, key, array, self._MOST)
+        if self._staged is None and self._device.type == "cuda" and not capturing:
             # Ahead of time: CUDA allocates no pinned memory during a capture.
-            self._staged = self._blank()
-        return table
+            self._staged = self._blank(len(key))
+        return array
 
-    def _blank(self) -> Tensor:
-        return torch.empty_like(self._rows, pin_memory=self._device.type == "cuda")
+    def _blank(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, pin_memory=True)
 
 
 class Prepared:
@@ -203,29 +198,24 @@ class Prepared:
     It knows addresses, not tensors: the caller keeps the tensors in their places.
 
     Args:
-        groups: Of each group its members among the tensors, its launches and its tables.
+        groups: Launches and the table on the device of each group of tensors.
         grads: Gradients like those that will come.
         seed: Seed of the random bits.
-        grad_columns: Columns of the tables that take a gradient's address.
-        scratch_columns: Columns that take the address of the scratch memory.
         scratch_size: Bytes of scratch memory.
     """
 
     def __init__(
         self,
-        groups: Sequence[tuple[Sequence[int], Sequence[Launch], Tables]],
+        groups: Sequence[tuple[Sequence[Launch], Tensor]],
         grads: Sequence[Tensor],
         seed: int,
-        grad_columns: Sequence[int],
-        scratch_columns: Sequence[int] = (),
         scratch_size: int = 0,
     ) -> None:
         self._groups = groups
         self._seed = seed
-        self._grad_columns = grad_columns
-        self._scratch_columns = scratch_columns
         self._scratch_size = scratch_size
         self._device = grads[0].device
+        self._addresses = Addresses(self._device)
         self._kinds = _kinds(grads)
         self._aligned = aligned(grads)
 
@@ -248,27 +238,25 @@ class Prepared:
             False if the gradients differ in shape, strides, dtype or alignment from those it was
             prepared for; then nothing was done.
         """
-        if _kinds(grads) != self._kinds or aligned(grads) != self._aligned:
+        pointers = [G.data_ptr() for G in grads]
+        if _kinds(grads) != self._kinds or (_all_even(pointers) != self._aligned):
             return False
         device = self._device
         capturing = is_capturing(device)
-        scratch = arena(device, self._scratch_size) if self._scratch_size else None
-        values = {
-            **scalars(beta1, beta2, eps, weight_decay, self._seed), "scale": float(scale),
-            "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
-        }  # fmt: skip
         kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in (lr, nonfinite, rng_step)])
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for members, launches, tables in self._groups:
-                pointers = [grads[i].data_ptr() for i in members]
-                moved = [(column, pointers) for column in self._grad_columns]
-                if scratch is not None:
-                    moved += [(column, [scratch.data_ptr()]) for column in self._scratch_columns]
-                table = tables.at(moved, capturing)
+            values = {
+                **scalars(beta1, beta2, eps, weight_decay, self._seed), "scale": float(scale),
+                "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
+                "grads_ptr": self._addresses.at(pointers, capturing),
+                "scratch_ptr": arena(device, self._scratch_size) if self._scratch_size else None,
+            }  # fmt: skip
+            for launches, table in self._groups:
+                values["table_ptr"] = table
                 if capturing:
-                    keep(launches, table, scratch)
+                    keep(launches, *values.values())
                 for launch in launches:
-                    launch(kind, table, values)
+                    launch(kind, values)
         return True
 
 
@@ -278,7 +266,11 @@ def _kinds(tensors: Sequence[Tensor]) -> list[tuple]:
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether all begin at multiples of 16 bytes."""
-    return all([x.data_ptr() % 16 == 0 for x in tensors])
+    return _all_even([x.data_ptr() for x in tensors])
+
+
+def _all_even(pointers: Sequence[int]) -> bool:
+    return not any([pointer & 15 for pointer in pointers])
 
 
 def fixed_key(lists: Sequence[Sequence[Tensor]], *more: Hashable) -> tuple:

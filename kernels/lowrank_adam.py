@@ -3,7 +3,8 @@
 Letters as in `owlore.reference`: W [m, n], G its gradient, P the basis, R the gradient in the
 basis, M and V its moments, N the normalised update, r the rank. A *strip* is what one program owns
 of R: columns of W on the left side (P [m, r], R = P^T G [r, n]), rows of W on the right side (P
-[n, r], R = G P [m, r]). Along the other dimension of W a program *walks*.
+[n, r], R = G P [m, r]). Along the other dimension of W a program *walks* while it projects. N waits
+in scratch memory for the update, which walks down W's rows on either side.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from .common import (
     TL_DTYPES,
     Launch,
     Prepared,
-    Tables,
     aligned,
     bias_correction,
     fixed_key,
@@ -28,18 +28,19 @@ from .common import (
     remember,
     upload,
 )
-from .rounding import rounding_bits, stochastic_round
+from .rounding import counter_words, eight_halves, rounding_bits, stochastic_round
 
-# Columns of the matrix table: pointers, sizes, strides, and what keys the random bits.
-_COLUMNS = 20
+# Columns of the matrix table: pointers, places in the scratch memory (of N, of R while it waits for
+# its moments, and of the flags of lines that take part), sizes, strides, what keys the random bits.
+_COLUMNS = 17
 _W = tl.constexpr(0)
-_G = tl.constexpr(1)
-_P = tl.constexpr(2)
-_M = tl.constexpr(3)
-_V = tl.constexpr(4)
-_T = tl.constexpr(5)
-_N = tl.constexpr(6)
-_R = tl.constexpr(7)
+_P = tl.constexpr(1)
+_M = tl.constexpr(2)
+_V = tl.constexpr(3)
+_T = tl.constexpr(4)
+_N = tl.constexpr(5)
+_R = tl.constexpr(6)
+_KEPT = tl.constexpr(7)
 _ROWS = tl.constexpr(8)
 _COLS = tl.constexpr(9)
 _W_STRIDE_M = tl.constexpr(10)
@@ -49,7 +50,6 @@ _G_STRIDE_N = tl.constexpr(13)
 _STREAM = tl.constexpr(14)
 _INDEX = tl.constexpr(15)
 _LEFT = tl.constexpr(16)
-_KEPT = tl.constexpr(17)
 
 # How W and G lie in memory.
 ROW_MAJOR, COLUMN_MAJOR, STRIDED = 0, 1, 2
@@ -58,6 +58,13 @@ ROW_MAJOR, COLUMN_MAJOR, STRIDED = 0, 1, 2
 @triton.jit
 def _field(row_ptr, COLUMN: tl.constexpr):
     return tl.load(row_ptr + COLUMN)
+
+
+@triton.jit
+def _place(scratch_ptr, row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    """A pointer into the scratch memory; places in it are multiples of 256 bytes."""
+    address = scratch_ptr.to(tl.int64) + tl.load(row_ptr + COLUMN)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -74,11 +81,11 @@ def _strides(row_ptr, FIRST: tl.constexpr, LAYOUT: tl.constexpr, ALIGNED: tl.con
 def _tile(rows, cols, stride_m, stride_n, LAYOUT: tl.constexpr):
     """Offsets of a tile of W or G; a unit stride is left out, so that the compiler sees it."""
     if LAYOUT == 0:
-        offsets = rows[:, None] * stride_m + cols[None, :]
+        offsets = rows * stride_m + cols
     elif LAYOUT == 1:
-        offsets = rows[:, None] + cols[None, :] * stride_n
+        offsets = rows + cols * stride_n
     else:
-        offsets = rows[:, None] * stride_m + cols[None, :] * stride_n
+        offsets = rows * stride_m + cols * stride_n
     return offsets
 
 
@@ -144,10 +151,10 @@ def _project(
     p_tile = steps[:, None] * P_RANK + ranks[None, :]
     EVEN_RANK: tl.constexpr = P_RANK % RANK_BLOCK == 0
     if LEFT:
-        g_tile = _tile(steps, strip, stride_m, stride_n, LAYOUT)
+        g_tile = _tile(steps[:, None], strip[None, :], stride_m, stride_n, LAYOUT)
         R = tl.zeros((RANK_BLOCK, BLOCK), dtype=tl.float32)
     else:
-        g_tile = _tile(strip, steps, stride_m, stride_n, LAYOUT)
+        g_tile = _tile(strip[:, None], steps[None, :], stride_m, stride_n, LAYOUT)
         R = tl.zeros((BLOCK, RANK_BLOCK), dtype=tl.float32)
     for k in tl.range(0, walk, BLOCK_K, num_stages=STAGES):
         P_at = p_ptr + k * P_RANK
@@ -179,34 +186,42 @@ def _project(
 
 
 @triton.jit
-def _as_operand(N, DTYPE: tl.constexpr):
-    """N as an operand of the tensor cores; float16 saturates instead of becoming infinite."""
-    if DTYPE == tl.float16:
-        N = tl.minimum(tl.maximum(N, -65504.0), 65504.0)
-    return N.to(DTYPE)
+def _load_tile(ptr, row, col, rows, cols, A: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr):
+    """The tile at (row, col) of a contiguous matrix [rows, cols]."""
+    i = tl.arange(0, A)[:, None]
+    j = tl.arange(0, B)[None, :]
+    ptr += row.to(tl.int64) * cols + col
+    if MASKED:
+        x = tl.load(ptr + (i * cols + j), mask=(i < rows - row) & (j < cols - col), other=0.0)
+    else:
+        x = tl.load(ptr + (i * cols + j))
+    return x
+
+
+@triton.jit
+def _store_tile(ptr, x, row, col, rows, cols, MASKED: tl.constexpr):
+    i = tl.arange(0, x.shape[0])[:, None]
+    j = tl.arange(0, x.shape[1])[None, :]
+    ptr += row.to(tl.int64) * cols + col
+    if MASKED:
+        tl.store(ptr + (i * cols + j), x, mask=(i < rows - row) & (j < cols - col))
+    else:
+        tl.store(ptr + (i * cols + j), x)
 
 
 @triton.jit
 def _adam(
-    R, keep, moments, row, col, rows, cols, adam, key, LEFT: tl.constexpr, MASKED: tl.constexpr
-):
-    """Updates the moments of one tile of R, which starts at (row, col), and returns N."""
+    R, M_old, V_old, keep, moments, row, col, rows, cols, adam, key,
+    DTYPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Updates the moments of one tile of R, which starts at (row, col), and returns N.
+
+    keep: where moments and weights take part; elsewhere they stay as they are.
+    """
     m_ptr, v_ptr = moments
     unbias1, unbias2, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = adam
     A: tl.constexpr = R.shape[0]
     B: tl.constexpr = R.shape[1]
-    if LEFT:
-        keep = tl.min(_finite(R), axis=0, keep_dims=True) != 0
-    i = tl.arange(0, A) + row
-    j = tl.arange(0, B) + col
-    tile = i.to(tl.int64)[:, None] * cols + j[None, :]
-    if MASKED:
-        inside = (i[:, None] < rows) & (j[None, :] < cols)
-        M_old = tl.load(m_ptr + tile, mask=inside, other=0.0)
-        V_old = tl.load(v_ptr + tile, mask=inside, other=0.0)
-    else:
-        M_old = tl.load(m_ptr + tile)
-        V_old = tl.load(v_ptr + tile)
     M = beta1 * M_old.to(tl.float32) + one_minus_beta1 * R
     V = beta2 * V_old.to(tl.float32) + one_minus_beta2 * R * R
     # NOTE: GaLore's AdamW adds eps before the bias correction; this is torch.optim.AdamW's place.
@@ -221,13 +236,12 @@ def _adam(
     else:
         M = M.to(M_old.dtype)
         V = V.to(V_old.dtype)
-    if MASKED:
-        tl.store(m_ptr + tile, M, mask=inside)
-        tl.store(v_ptr + tile, V, mask=inside)
-    else:
-        tl.store(m_ptr + tile, M)
-        tl.store(v_ptr + tile, V)
-    return N
+    _store_tile(m_ptr, M, row, col, rows, cols, MASKED)
+    _store_tile(v_ptr, V, row, col, rows, cols, MASKED)
+    # As an operand of the tensor cores; float16 saturates instead of becoming infinite.
+    if DTYPE == tl.float16:
+        N = tl.minimum(tl.maximum(N, -65504.0), 65504.0)
+    return N.to(DTYPE)
 
 
 @triton.jit
@@ -240,8 +254,11 @@ def _adam_in_chunks(
     R and both its moments at once would not fit in registers.
     """
     if CHUNKS == 1:
-        N = _adam(R, keep, moments, row, col, rows, cols, adam, key, LEFT, MASKED)
-        return _as_operand(N, DTYPE)
+        M = _load_tile(moments[0], row, col, rows, cols, R.shape[0], R.shape[1], MASKED)
+        V = _load_tile(moments[1], row, col, rows, cols, R.shape[0], R.shape[1], MASKED)
+        if LEFT:
+            keep = tl.min(_finite(R), axis=0, keep_dims=True) != 0
+        return _adam(R, M, V, keep, moments, row, col, rows, cols, adam, key, DTYPE, MASKED)
     else:
         HALF: tl.constexpr = R.shape[1] // 2
         MORE: tl.constexpr = CHUNKS // 2
@@ -255,220 +272,158 @@ def _adam_in_chunks(
         return _beside(N0, N1)
 
 
+# How a tile of W meets the product that updates it. Rows and columns of the product stand for
+# others, so that the eight neighbours which one thread loads, stores and rounds by one call of the
+# generator are those that the tensor cores of sm_90 give it, and nothing passes through shared
+# memory: WARPS warps below each other, BESIDE of them beside each other. WARPS = 0: as they are.
+
+
 @triton.jit
-def _updated(U, W, row, col, decay, step_size, key, STOCHASTIC: tl.constexpr):
-    """New values of a tile of W at (row, col), in W's dtype."""
+def _row_of(i, WARPS: tl.constexpr):
+    """Row of the tile that row i of the product stands for."""
+    if WARPS > 0:
+        inner = i // 8 % 2 * (8 * WARPS) + i // 16 % WARPS * 8 + i % 8
+        i = i // (16 * WARPS) * (16 * WARPS) + inner
+    return i
+
+
+@triton.jit
+def _col_of(j, WARPS: tl.constexpr):
+    """Column of the tile that column j of the product stands for."""
+    if WARPS > 0:
+        j = j // 32 * 32 + j // 2 % 4 * 8 + j // 8 % 4 * 2 + j % 2
+    return j
+
+
+@triton.jit
+def _in_pieces(U, WARPS: tl.constexpr, BESIDE: tl.constexpr):
+    """The product as pieces of the tile [a, X, b], 32 columns wide if WARPS > 0."""
     A: tl.constexpr = U.shape[0]
     B: tl.constexpr = U.shape[1]
-    # NOTE: GaLore's AdamW decays after the update; this is torch.optim.AdamW's order.
-    new = W.to(tl.float32) * decay - step_size * U
-    if STOCHASTIC:
-        new = stochastic_round(new, rounding_bits(row, col, A, B, key, 0))
-    return new.to(W.dtype)
-
-
-@triton.jit
-def _walk_update(
-    N,
-    w_ptr,
-    p_ptr,
-    stride_m,
-    stride_n,
-    strip_first,
-    strip_left,
-    walk_first,
-    walk_end,
-    decay,
-    step_size,
-    key,
-    RANK: tl.constexpr,
-    LEFT: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    EVEN: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """W <- decay W - step_size (P N or N P^T) over [walk_first, walk_end) of one strip.
-
-    N stays where it is; P streams from L2 and W through the pipeline. `decay` is [1, BLOCK] or
-    [BLOCK, 1]: one, with N zero, where the strip is skipped, which leaves W bit-identical. w_ptr
-    stands at the strip's first element, p_ptr at the basis' first.
-    """
-    RANK_BLOCK: tl.constexpr = N.shape[0] if LEFT else N.shape[1]
-    BLOCK: tl.constexpr = N.shape[1] if LEFT else N.shape[0]
-    strip = tl.arange(0, BLOCK)
-    steps = tl.arange(0, BLOCK_K)
-    ranks = tl.arange(0, RANK_BLOCK)
-    p_tile = steps[:, None] * RANK + ranks[None, :]
-    if LEFT:
-        w_tile = _tile(steps, strip, stride_m, stride_n, LAYOUT)
+    if WARPS > 0:
+        HIGH: tl.constexpr = A // (16 * WARPS)
+        EACH: tl.constexpr = B // (32 * BESIDE)
+        U = tl.reshape(U, (HIGH, WARPS, 2, 8, BESIDE, EACH, 4, 4, 2))
+        U = tl.permute(U, (1, 3, 0, 2, 5, 4, 7, 6, 8))
+        U = tl.reshape(U, (8 * WARPS, A // (8 * WARPS) * (B // 32), 32))
     else:
-        w_tile = _tile(strip, steps, stride_m, stride_n, LAYOUT)
-    for k in tl.range(walk_first, walk_end, BLOCK_K, num_stages=STAGES):
-        P_at = p_ptr + k * RANK
-        if EVEN and RANK == RANK_BLOCK:
-            P = tl.load(P_at + p_tile)
-        elif EVEN:
-            P = tl.load(P_at + p_tile, mask=ranks[None, :] < RANK, other=0.0)
-        else:
-            inside = (steps[:, None] < walk_end - k) & (ranks[None, :] < RANK)
-            P = tl.load(P_at + p_tile, mask=inside, other=0.0)
-        if LEFT:
-            W_at = _step_along(w_ptr, k, stride_m, LAYOUT == 1)
-            inside = (steps[:, None] < walk_end - k) & (strip[None, :] < strip_left)
-        else:
-            W_at = _step_along(w_ptr, k, stride_n, LAYOUT == 0)
-            inside = (strip[:, None] < strip_left) & (steps[None, :] < walk_end - k)
-        if EVEN:
-            W = tl.load(W_at + w_tile)
-        else:
-            W = tl.load(W_at + w_tile, mask=inside, other=0.0)
-        if LEFT:
-            U = tl.dot(P, N, input_precision=PRECISION)
-            row, col = k, strip_first
-        else:
-            U = tl.dot(N, tl.trans(P), input_precision=PRECISION)
-            row, col = strip_first, k
-        W = _updated(U, W, row, col, decay, step_size, key, STOCHASTIC)
-        if EVEN:
-            tl.store(W_at + w_tile, W)
-        else:
-            tl.store(W_at + w_tile, W, mask=inside)
+        U = tl.reshape(U, (A, 1, B))
+    return U
 
 
 @triton.jit
-def _strip_program(
-    row_ptr,
-    strip_first,
-    lr_ptr,
-    nonfinite_ptr,
-    rng_step_ptr,
-    beta1,
-    one_minus_beta1,
-    log_beta1,
-    beta2,
-    one_minus_beta2,
-    log_beta2,
-    eps,
-    weight_decay,
-    scale,
-    seed_low,
-    seed_high,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-    M_DTYPE: tl.constexpr,
-    LEFT: tl.constexpr,
-    PROJECT: tl.constexpr,
-    UPDATE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPDATE_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UPDATE_STAGES: tl.constexpr,
+def _places(A: tl.constexpr, B: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.constexpr):
+    """Of the pieces of a tile [A, B]: rows [a, X, 1], columns [1, X, b] and columns // 8."""
+    if WARPS > 0:
+        ACROSS: tl.constexpr = B // 32
+        x = tl.arange(0, A // (8 * WARPS) * ACROSS)[None, :, None]
+        row = x // ACROSS * (8 * WARPS) + tl.arange(0, 8 * WARPS)[:, None, None]
+        x = x % BESIDE * (ACROSS // BESIDE) + x % ACROSS // BESIDE
+        col = x * 32 + tl.arange(0, 32)[None, None, :]
+        group = x * 4 + tl.arange(0, 4)[None, None, :]
+    else:
+        row = tl.arange(0, A)[:, None, None]
+        col = tl.arange(0, B)[None, None, :]
+        group = tl.arange(0, B // 8)[None, None, :]
+    return row, col, group
+
+
+@triton.jit
+def _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to a matrix' moments, Adam's scalars at its step, and the key of its random bits."""
+    beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, low, high = hyper
+    m_ptr = pointer(row_ptr, _M, M_DTYPE, ALIGNED)
+    v_ptr = pointer(row_ptr, _V, M_DTYPE, ALIGNED)
+    t = tl.load(pointer(row_ptr, _T, tl.float32, False))
+    unbias1 = 1.0 / bias_correction(t, log_beta1)
+    unbias2 = 1.0 / bias_correction(t, log_beta2)
+    adam = (unbias1, unbias2, beta1, one_minus_beta1, beta2, one_minus_beta2, eps)
+    rng_step = tl.load(rng_step_ptr).to(tl.uint32)
+    key = (low, high, rng_step, _field(row_ptr, _STREAM).to(tl.uint32))
+    return (m_ptr, v_ptr), adam, key
+
+
+@triton.jit
+def _note_lines(
+    keep, row_ptr, scratch_ptr, nonfinite_ptr, strip_first, strip_left, LEFT: tl.constexpr
 ):
+    """Writes which lines of a strip take part, and whether any does not."""
+    skipped = tl.min(tl.min(keep.to(tl.int32), axis=0), axis=0) == 0
+    tl.store(nonfinite_ptr + _field(row_ptr, _INDEX), 1, mask=skipped)
+    if LEFT:
+        line = tl.arange(0, keep.shape[1])[None, :]
+    else:
+        line = tl.arange(0, keep.shape[0])[:, None]
+    kept_ptr = _place(scratch_ptr, row_ptr, _KEPT, tl.int8) + strip_first
+    tl.store(kept_ptr + line, keep.to(tl.int8), mask=line < strip_left)
+
+
+@triton.jit
+def _store_n(
+    N, row_ptr, scratch_ptr, strip_first, strip_left, rank_first, RANK: tl.constexpr,
+    LEFT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Writes N, or N^T on the left side: a line of the strip, then its ranks."""
+    i = tl.arange(0, N.shape[0])[:, None]
+    j = tl.arange(0, N.shape[1])[None, :]
+    n_ptr = _place(scratch_ptr, row_ptr, _N, N.dtype) + strip_first.to(tl.int64) * RANK + rank_first
+    if LEFT:
+        line, rank = j, i
+    else:
+        line, rank = i, j
+    if MASKED:
+        inside = (line < strip_left) & (rank < RANK - rank_first)
+        tl.store(n_ptr + line * RANK + rank, N, mask=inside)
+    else:
+        tl.store(n_ptr + line * RANK + rank, N)
+
+
+@triton.jit
+def _project_and_step(
+    row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+    G_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, LEFT: tl.constexpr,
+    LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     m = _field(row_ptr, _ROWS).to(tl.int32)
     n = _field(row_ptr, _COLS).to(tl.int32)
     if ALIGNED:
         m = tl.multiple_of(m, 8)
         n = tl.multiple_of(n, 8)
-    p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED)
-    m_ptr = pointer(row_ptr, _M, M_DTYPE, ALIGNED)
-    v_ptr = pointer(row_ptr, _V, M_DTYPE, ALIGNED)
-    t = tl.load(pointer(row_ptr, _T, tl.float32, False))
-    stream = _field(row_ptr, _STREAM).to(tl.uint32)
-    rng_step = tl.load(rng_step_ptr).to(tl.uint32)
-    unbias1 = 1.0 / bias_correction(t, log_beta1)
-    unbias2 = 1.0 / bias_correction(t, log_beta2)
-    first = strip_first.to(tl.int64)
-
-    # R of the strip, and its shape [rows, cols] as a whole.
-    if LEFT:
-        rows, cols, row, col = RANK, n, 0, strip_first
-        walk, strip_left = m, n - strip_first
-    else:
-        rows, cols, row, col = m, RANK, strip_first, 0
-        walk, strip_left = n, m - strip_first
     MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
-    if PROJECT:
-        g_ptr = pointer(row_ptr, _G, G_DTYPE, ALIGNED)
-        stride_m, stride_n = _strides(row_ptr, _G_STRIDE_M, LAYOUT, ALIGNED)
-        if LEFT:
-            g_ptr = _step_along(g_ptr, first, stride_n, LAYOUT == 0)
-        else:
-            g_ptr = _step_along(g_ptr, first, stride_m, LAYOUT == 1)
-        R = _project(
-            g_ptr, p_ptr, stride_m, stride_n, strip_left, walk, RANK, RANK,
-            RANK_BLOCK, BLOCK, BLOCK_K, LEFT, LAYOUT, EVEN, PRECISION, STAGES,
-        )  # fmt: skip
+    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, ALIGNED)
+    p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED)
+    g_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, G_DTYPE, ALIGNED)
+    stride_m, stride_n = _strides(row_ptr, _G_STRIDE_M, LAYOUT, ALIGNED)
+    first = strip_first.to(tl.int64)
+    zero = strip_first * 0
+    if LEFT:
+        rows, cols, row, col = RANK, n, zero, strip_first
+        walk, strip_left = m, n - strip_first
+        g_ptr = _step_along(g_ptr, first, stride_n, LAYOUT == 0)
     else:
-        if LEFT:
-            i, j = tl.arange(0, RANK_BLOCK), strip_first + tl.arange(0, BLOCK)
-        else:
-            i, j = strip_first + tl.arange(0, BLOCK), tl.arange(0, RANK_BLOCK)
-        tile = i.to(tl.int64)[:, None] * cols + j[None, :]
-        r_ptr = pointer(row_ptr, _R, G_DTYPE, ALIGNED)
-        if MASKED:
-            inside = (i[:, None] < rows) & (j[None, :] < cols)
-            R = tl.load(r_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        else:
-            R = tl.load(r_ptr + tile).to(tl.float32)
-
+        rows, cols, row, col = m, RANK, strip_first, zero
+        walk, strip_left = n, m - strip_first
+        g_ptr = _step_along(g_ptr, first, stride_m, LAYOUT == 1)
+    R = _project(
+        g_ptr, p_ptr, stride_m, stride_n, strip_left, walk, RANK, RANK,
+        RANK_BLOCK, BLOCK, BLOCK_K, LEFT, LAYOUT, EVEN, PRECISION, STAGES,
+    )  # fmt: skip
     keep = tl.min(_finite(R), axis=0 if LEFT else 1, keep_dims=True) != 0
-    skipped = tl.min(tl.min(keep.to(tl.int32), axis=0), axis=0) == 0
-    tl.store(nonfinite_ptr + _field(row_ptr, _INDEX), 1, mask=skipped)
-
-    adam = (unbias1, unbias2, beta1, one_minus_beta1, beta2, one_minus_beta2, eps)
-    key = (seed_low, seed_high, rng_step, stream)
     N = _adam_in_chunks(
-        R, keep, (m_ptr, v_ptr), row, col, rows, cols, adam, key, P_DTYPE, LEFT, MASKED, CHUNKS
+        R, keep, moments, row, col, rows, cols, adam, key, P_DTYPE, LEFT, MASKED, CHUNKS
     )
-
-    if UPDATE:
-        w_ptr = pointer(row_ptr, _W, W_DTYPE, ALIGNED)
-        stride_m, stride_n = _strides(row_ptr, _W_STRIDE_M, LAYOUT, ALIGNED)
-        if LEFT:
-            w_ptr = _step_along(w_ptr, first, stride_n, LAYOUT == 0)
-        else:
-            w_ptr = _step_along(w_ptr, first, stride_m, LAYOUT == 1)
-        lr = tl.load(lr_ptr).to(tl.float32)
-        decay = tl.where(keep, 1.0 - lr * weight_decay, 1.0)
-        _walk_update(
-            N, w_ptr, p_ptr, stride_m, stride_n, strip_first, strip_left, 0, walk,
-            decay, lr * scale, key, RANK, LEFT, LAYOUT, EVEN,
-            STOCHASTIC, PRECISION, UPDATE_K, UPDATE_STAGES,
-        )  # fmt: skip
-    else:
-        n_ptr = pointer(row_ptr, _N, P_DTYPE, ALIGNED)
-        kept_ptr = pointer(row_ptr, _KEPT, tl.int8, ALIGNED)
-        if LEFT:
-            kept = strip_first + tl.arange(0, BLOCK)[None, :]
-        else:
-            kept = strip_first + tl.arange(0, BLOCK)[:, None]
-        tl.store(kept_ptr + kept, keep.to(tl.int8), mask=kept < strip_first + strip_left)
-        i, j = tl.arange(0, R.shape[0]) + row, tl.arange(0, R.shape[1]) + col
-        tile = i.to(tl.int64)[:, None] * cols + j[None, :]
-        if MASKED:
-            tl.store(n_ptr + tile, N, mask=(i[:, None] < rows) & (j[None, :] < cols))
-        else:
-            tl.store(n_ptr + tile, N)
+    _note_lines(keep, row_ptr, scratch_ptr, nonfinite_ptr, strip_first, strip_left, LEFT)
+    _store_n(N, row_ptr, scratch_ptr, strip_first, strip_left, 0, RANK, LEFT, MASKED)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def _lowrank_adam_kernel(
+def _project_and_step_kernel(
     table_ptr,
     tiles_ptr,
-    lr_ptr,
+    grads_ptr,
+    scratch_ptr,
     nonfinite_ptr,
     rng_step_ptr,
     beta1,
@@ -478,19 +433,13 @@ def _lowrank_adam_kernel(
     one_minus_beta2,
     log_beta2,
     eps,
-    weight_decay,
-    scale,
     seed_low,
     seed_high,
     FIELDS: tl.constexpr,
-    W_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     P_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     SIDES: tl.constexpr,
-    PROJECT: tl.constexpr,
-    UPDATE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -499,42 +448,146 @@ def _lowrank_adam_kernel(
     RANK_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    UPDATE_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
-    UPDATE_STAGES: tl.constexpr,
 ):
-    """M, V, and W (UPDATE) or N of one strip; R comes from G (PROJECT) or is given.
+    """M, V and N of one strip from its gradient; R stays in registers, the basis streams from L2.
 
         R = P^T G (left) or G P (right)
         M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R*R
         N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
-        W <- (1 - lr wd) W - lr scale (P N  or  N P^T)
 
-    Program i takes the strip tiles[i] = (matrix, first strip element, ., .). G is read once, W read
-    and written once, R stays in registers, the basis streams from L2.
+    Program i takes the strip tiles[i] = (matrix, first strip element, ., .).
     """
     tile_ptr = tiles_ptr + tl.program_id(0) * 4
     row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
     strip_first = tl.multiple_of(tl.load(tile_ptr + 1), BLOCK)
+    hyper = (
+        beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, seed_low,
+        seed_high,
+    )  # fmt: skip
     left = SIDES == 1
     if SIDES == 2:
         left = _field(row_ptr, _LEFT) != 0
     if left:
-        _strip_program(
-            row_ptr, strip_first, lr_ptr, nonfinite_ptr, rng_step_ptr, beta1, one_minus_beta1,
-            log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, scale, seed_low,
-            seed_high, W_DTYPE, G_DTYPE, P_DTYPE, M_DTYPE, True, PROJECT, UPDATE, STOCHASTIC,
-            LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, UPDATE_K, CHUNKS,
-            STAGES, UPDATE_STAGES,
+        _project_and_step(
+            row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+            G_DTYPE, P_DTYPE, M_DTYPE, True, LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK,
+            BLOCK, BLOCK_K, CHUNKS, STAGES,
         )  # fmt: skip
     else:
-        _strip_program(
-            row_ptr, strip_first, lr_ptr, nonfinite_ptr, rng_step_ptr, beta1, one_minus_beta1,
-            log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, scale, seed_low,
-            seed_high, W_DTYPE, G_DTYPE, P_DTYPE, M_DTYPE, False, PROJECT, UPDATE, STOCHASTIC,
-            LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, UPDATE_K, CHUNKS,
-            STAGES, UPDATE_STAGES,
+        _project_and_step(
+            row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+            G_DTYPE, P_DTYPE, M_DTYPE, False, LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK,
+            BLOCK, BLOCK_K, CHUNKS, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step_given(
+    row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+    R_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, LEFT: tl.constexpr,
+    GIVEN: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    m = _field(row_ptr, _ROWS).to(tl.int32)
+    n = _field(row_ptr, _COLS).to(tl.int32)
+    if ALIGNED:
+        m = tl.multiple_of(m, 8)
+        n = tl.multiple_of(n, 8)
+    MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
+    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, ALIGNED)
+    if GIVEN:
+        r_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, R_DTYPE, ALIGNED)
+    else:
+        r_ptr = _place(scratch_ptr, row_ptr, _R, R_DTYPE)
+    zero = strip_first * 0
+    if LEFT:
+        # In two passes: a strip is wide for the memory's sake, and R of all ranks would not fit.
+        keep = tl.full((1, BLOCK), 1, dtype=tl.int1)
+        for rank in tl.range(0, RANK_BLOCK, RANKS):
+            R = _load_tile(r_ptr, zero + rank, strip_first, RANK, n, RANKS, BLOCK, MASKED)
+            keep = keep & (tl.min(_finite(R.to(tl.float32)), axis=0, keep_dims=True) != 0)
+        _note_lines(keep, row_ptr, scratch_ptr, nonfinite_ptr, strip_first, n - strip_first, LEFT)
+        for rank in tl.range(0, RANK_BLOCK, RANKS):
+            row = zero + rank
+            R = _load_tile(r_ptr, row, strip_first, RANK, n, RANKS, BLOCK, MASKED)
+            M = _load_tile(moments[0], row, strip_first, RANK, n, RANKS, BLOCK, MASKED)
+            V = _load_tile(moments[1], row, strip_first, RANK, n, RANKS, BLOCK, MASKED)
+            N = _adam(
+                R.to(tl.float32), M, V, keep, moments, row, strip_first, RANK, n, adam, key,
+                P_DTYPE, MASKED,
+            )  # fmt: skip
+            _store_n(
+                N, row_ptr, scratch_ptr, strip_first, n - strip_first, rank, RANK, LEFT, MASKED
+            )
+    else:
+        # All three before the first is looked at: they wait for the memory together.
+        R = _load_tile(r_ptr, strip_first, zero, m, RANK, BLOCK, RANK_BLOCK, MASKED)
+        M = _load_tile(moments[0], strip_first, zero, m, RANK, BLOCK, RANK_BLOCK, MASKED)
+        V = _load_tile(moments[1], strip_first, zero, m, RANK, BLOCK, RANK_BLOCK, MASKED)
+        R = R.to(tl.float32)
+        keep = tl.min(_finite(R), axis=1, keep_dims=True) != 0
+        N = _adam(R, M, V, keep, moments, strip_first, zero, m, RANK, adam, key, P_DTYPE, MASKED)
+        _note_lines(keep, row_ptr, scratch_ptr, nonfinite_ptr, strip_first, m - strip_first, LEFT)
+        _store_n(N, row_ptr, scratch_ptr, strip_first, m - strip_first, 0, RANK, LEFT, MASKED)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _step_given_kernel(
+    table_ptr,
+    tiles_ptr,
+    grads_ptr,
+    scratch_ptr,
+    nonfinite_ptr,
+    rng_step_ptr,
+    beta1,
+    one_minus_beta1,
+    log_beta1,
+    beta2,
+    one_minus_beta2,
+    log_beta2,
+    eps,
+    seed_low,
+    seed_high,
+    FIELDS: tl.constexpr,
+    R_DTYPE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    SIDES: tl.constexpr,
+    GIVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEFT_BLOCK: tl.constexpr,
+    LEFT_RANKS: tl.constexpr,
+):
+    """M, V and N of one strip, R in scratch memory or given (GIVEN); tiles as when projecting."""
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
+    strip_first = tl.load(tile_ptr + 1)
+    hyper = (
+        beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, seed_low,
+        seed_high,
+    )  # fmt: skip
+    left = SIDES == 1
+    if SIDES == 2:
+        left = _field(row_ptr, _LEFT) != 0
+    if left:
+        strip_first = tl.multiple_of(strip_first, LEFT_BLOCK)
+        _step_given(
+            row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+            R_DTYPE, P_DTYPE, M_DTYPE, True, GIVEN, ALIGNED, EVEN, RANK, RANK_BLOCK, LEFT_BLOCK,
+            LEFT_RANKS,
+        )  # fmt: skip
+    else:
+        strip_first = tl.multiple_of(strip_first, BLOCK)
+        _step_given(
+            row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
+            R_DTYPE, P_DTYPE, M_DTYPE, False, GIVEN, ALIGNED, EVEN, RANK, RANK_BLOCK, BLOCK,
+            RANK_BLOCK,
         )  # fmt: skip
 
 
@@ -543,6 +596,8 @@ def _project_program(
     row_ptr,
     strip_first,
     rank_first,
+    grads_ptr,
+    scratch_ptr,
     G_DTYPE: tl.constexpr,
     P_DTYPE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -561,9 +616,9 @@ def _project_program(
     if ALIGNED:
         m = tl.multiple_of(m, 8)
         n = tl.multiple_of(n, 8)
-    g_ptr = pointer(row_ptr, _G, G_DTYPE, ALIGNED)
+    g_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, G_DTYPE, ALIGNED)
     p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED) + rank_first
-    r_ptr = pointer(row_ptr, _R, tl.float32, ALIGNED)
+    r_ptr = _place(scratch_ptr, row_ptr, _R, tl.float32)
     stride_m, stride_n = _strides(row_ptr, _G_STRIDE_M, LAYOUT, ALIGNED)
     first = strip_first.to(tl.int64)
     if LEFT:
@@ -590,6 +645,8 @@ def _project_program(
 def _project_kernel(
     table_ptr,
     tiles_ptr,
+    grads_ptr,
+    scratch_ptr,
     FIELDS: tl.constexpr,
     G_DTYPE: tl.constexpr,
     P_DTYPE: tl.constexpr,
@@ -617,131 +674,146 @@ def _project_kernel(
         left = _field(row_ptr, _LEFT) != 0
     if left:
         _project_program(
-            row_ptr, strip_first, rank_first, G_DTYPE, P_DTYPE, True, LAYOUT, ALIGNED, EVEN,
-            PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, STAGES,
+            row_ptr, strip_first, rank_first, grads_ptr, scratch_ptr, G_DTYPE, P_DTYPE, True,
+            LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         _project_program(
-            row_ptr, strip_first, rank_first, G_DTYPE, P_DTYPE, False, LAYOUT, ALIGNED, EVEN,
-            PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, STAGES,
+            row_ptr, strip_first, rank_first, grads_ptr, scratch_ptr, G_DTYPE, P_DTYPE, False,
+            LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
-def _update_program(
-    row_ptr,
-    strip_first,
-    walk_first,
-    walk_end,
-    lr_ptr,
-    rng_step_ptr,
-    weight_decay,
-    scale,
-    seed_low,
-    seed_high,
-    W_DTYPE: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-    LEFT: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    m = _field(row_ptr, _ROWS).to(tl.int32)
-    n = _field(row_ptr, _COLS).to(tl.int32)
-    if ALIGNED:
-        m = tl.multiple_of(m, 8)
-        n = tl.multiple_of(n, 8)
-    w_ptr = pointer(row_ptr, _W, W_DTYPE, ALIGNED)
-    p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED)
-    n_ptr = pointer(row_ptr, _N, P_DTYPE, ALIGNED)
-    stride_m, stride_n = _strides(row_ptr, _W_STRIDE_M, LAYOUT, ALIGNED)
-    stream = _field(row_ptr, _STREAM).to(tl.uint32)
-    rng_step = tl.load(rng_step_ptr).to(tl.uint32)
-    lr = tl.load(lr_ptr).to(tl.float32)
-    decay, step_size = 1.0 - lr * weight_decay, lr * scale
-    key = (seed_low, seed_high, rng_step, stream)
-    first = strip_first.to(tl.int64)
-    strip = tl.arange(0, BLOCK)
-    steps = tl.arange(0, BLOCK_K)
-    ranks = tl.arange(0, RANK_BLOCK)
-    if LEFT:
-        w_ptr = _step_along(w_ptr, first, stride_n, LAYOUT == 0)
-        strip_left = n - strip_first
-        n_ptr += strip_first
-        n_tile = ranks[:, None] * n + strip[None, :]
-    else:
-        w_ptr = _step_along(w_ptr, first, stride_m, LAYOUT == 1)
-        strip_left = m - strip_first
-        n_ptr += first * RANK
-        n_tile = strip[:, None] * RANK + ranks[None, :]
-    kept_ptr = pointer(row_ptr, _KEPT, tl.int8, ALIGNED) + strip_first
-    if LEFT:
-        kept = tl.load(kept_ptr + strip[None, :], mask=strip[None, :] < strip_left, other=1)
-    else:
-        kept = tl.load(kept_ptr + strip[:, None], mask=strip[:, None] < strip_left, other=1)
-    decay = tl.where(kept != 0, decay, 1.0)
+def _update_tile(
+    U, W, row, col, group, first_row, first_col, rows_left, cols_left, kept_ptr, by_row, decay,
+    step_size, key, W_DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, FLIPPED: tl.constexpr,
+    SKIPS: tl.constexpr,
+):  # fmt: skip
+    """New values of a tile of W, in its dtype."""
+    old = W.to(tl.float32)
+    # NOTE: GaLore's AdamW decays after the update; this is torch.optim.AdamW's order.
+    new = old * decay - step_size * U
+    if SKIPS:
+        # The lines of a strip are W's rows or columns.
+        some_row = row < tl.where(by_row, rows_left, 0)
+        some_col = col < tl.where(by_row, 0, cols_left)
+        of_row = tl.load(kept_ptr + first_row + row, mask=some_row, other=1)
+        of_col = tl.load(kept_ptr + first_col + col, mask=some_col, other=1)
+        new = tl.where((of_row != 0) & (of_col != 0), new, old)
+    if STOCHASTIC:
+        if FLIPPED:
+            A: tl.constexpr = U.shape[0]
+            B: tl.constexpr = U.shape[2]
+            bits = tl.trans(rounding_bits(first_col, first_row, B, A, key, 0))
+            bits = tl.reshape(bits, (A, 1, B))
+        else:
+            zeros = tl.zeros((row.shape[0], col.shape[1], group.shape[2]), dtype=tl.int32)
+            w0, w1, w2, w3 = counter_words(
+                zeros + (first_row + row), zeros + (first_col // 8 + group), key, 0
+            )
+            bits = tl.reshape(eight_halves(w0, w1, w2, w3), U.shape)
+        new = stochastic_round(new, bits)
+    return new.to(W_DTYPE)
+
+
+@triton.jit
+def _prefetch(ptr):
+    """Asks for lines of memory to be brought into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [ptr.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _walk_down(
+    w_ptr, x_ptr, y_ptr, kept_ptr, stride, stride_n, first_col, first_row, row_end, cols_left,
+    by_row, decay, step_size, key, W_DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    FLIPPED: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr, RESIDENT: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.constexpr,
+    AHEAD: tl.constexpr, SKIPS: tl.constexpr,
+):  # fmt: skip
+    row, col, group = _places(ROWS, COLS, WARPS, BESIDE)
+    w_tile = _tile(row, col, stride, stride_n, UNIT)
+    w_group = _tile(row, group * 8, stride, stride_n, UNIT)
+    ranks = tl.arange(0, RANK_BLOCK)[None, :]
+    x_row = _row_of(tl.arange(0, ROWS), WARPS)[:, None]
+    y_row = _col_of(tl.arange(0, COLS), WARPS)[:, None]
+    x_tile = x_row * RANK + ranks
+    y_tile = y_row * RANK + ranks
+    WHOLE: tl.constexpr = EVEN and RANK % RANK_BLOCK == 0
+    stride = stride.to(tl.int64)
     if RESIDENT:
-        if EVEN and RANK == RANK_BLOCK:
-            N = tl.load(n_ptr + n_tile)
-        elif LEFT:
-            inside = (ranks[:, None] < RANK) & (strip[None, :] < strip_left)
-            N = tl.load(n_ptr + n_tile, mask=inside, other=0.0)
+        if WHOLE:
+            Y = tl.load(y_ptr + y_tile)
         else:
-            inside = (strip[:, None] < strip_left) & (ranks[None, :] < RANK)
-            N = tl.load(n_ptr + n_tile, mask=inside, other=0.0)
-        _walk_update(
-            N, w_ptr, p_ptr, stride_m, stride_n, strip_first, strip_left, walk_first,
-            walk_end, decay, step_size, key, RANK, LEFT, LAYOUT, EVEN,
-            STOCHASTIC, PRECISION, BLOCK_K, STAGES,
-        )  # fmt: skip
-    else:
-        walk_left = walk_end - walk_first
-        p_ptr += walk_first.to(tl.int64) * RANK
-        p_tile = steps[:, None] * RANK + ranks[None, :]
-        if LEFT:
-            w_ptr = _step_along(w_ptr, walk_first, stride_m, LAYOUT == 1)
-            w_tile = _tile(steps, strip, stride_m, stride_n, LAYOUT)
-            inside = (steps[:, None] < walk_left) & (strip[None, :] < strip_left)
-            U = tl.zeros((BLOCK_K, BLOCK), dtype=tl.float32)
-            row, col = walk_first, strip_first
-        else:
-            w_ptr = _step_along(w_ptr, walk_first, stride_n, LAYOUT == 0)
-            w_tile = _tile(strip, steps, stride_m, stride_n, LAYOUT)
-            inside = (strip[:, None] < strip_left) & (steps[None, :] < walk_left)
-            U = tl.zeros((BLOCK, BLOCK_K), dtype=tl.float32)
-            row, col = strip_first, walk_first
-        W = tl.load(w_ptr + w_tile, mask=inside, other=0.0)
-        for rank in tl.range(0, RANK, RANK_BLOCK, num_stages=STAGES):
-            some = (steps[:, None] < walk_left) & (ranks[None, :] < RANK - rank)
-            P = tl.load(p_ptr + p_tile, mask=some, other=0.0)
-            if LEFT:
-                some = (ranks[:, None] < RANK - rank) & (strip[None, :] < strip_left)
-                N = tl.load(n_ptr + n_tile, mask=some, other=0.0)
-                U = tl.dot(P, N, U, input_precision=PRECISION)
-                n_ptr += RANK_BLOCK * n.to(tl.int64)
+            Y = tl.load(y_ptr + y_tile, mask=(y_row < cols_left) & (ranks < RANK), other=0.0)
+        for k in tl.range(first_row, row_end, ROWS, num_stages=STAGES):
+            W_at = w_ptr + stride * k
+            left = row_end - k
+            if EVEN:
+                W = tl.load(W_at + w_tile)
+                if AHEAD > 0:
+                    _prefetch(
+                        w_ptr + stride * tl.minimum(k + AHEAD * ROWS, row_end - ROWS) + w_group
+                    )
             else:
-                some = (strip[:, None] < strip_left) & (ranks[None, :] < RANK - rank)
-                N = tl.load(n_ptr + n_tile, mask=some, other=0.0)
-                U = tl.dot(N, tl.trans(P), U, input_precision=PRECISION)
-                n_ptr += RANK_BLOCK
-            p_ptr += RANK_BLOCK
-        W = _updated(U, W, row, col, decay, step_size, key, STOCHASTIC)
-        tl.store(w_ptr + w_tile, W, mask=inside)
+                W = tl.load(W_at + w_tile, mask=(row < left) & (col < cols_left), other=0.0)
+            X_at = x_ptr + k * RANK
+            if WHOLE:
+                X = tl.load(X_at + x_tile)
+            else:
+                X = tl.load(X_at + x_tile, mask=(x_row < left) & (ranks < RANK), other=0.0)
+            U = tl.dot(X, tl.trans(Y), input_precision=PRECISION)
+            new = _update_tile(
+                _in_pieces(U, WARPS, BESIDE), W, row, col, group, k, first_col, left, cols_left,
+                kept_ptr, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
+            )  # fmt: skip
+            if EVEN:
+                tl.store(W_at + w_tile, new)
+            else:
+                tl.store(W_at + w_tile, new, mask=(row < left) & (col < cols_left))
+    else:
+        W_at = w_ptr + stride * first_row
+        x_ptr += first_row.to(tl.int64) * RANK
+        left = row_end - first_row
+        U = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for rank in tl.range(0, RANK, RANK_BLOCK, num_stages=STAGES):
+            if WHOLE:
+                X = tl.load(x_ptr + rank + x_tile)
+                Y = tl.load(y_ptr + rank + y_tile)
+            else:
+                some = ranks < RANK - rank
+                X = tl.load(x_ptr + rank + x_tile, mask=some & (x_row < left), other=0.0)
+                Y = tl.load(y_ptr + rank + y_tile, mask=some & (y_row < cols_left), other=0.0)
+            U = tl.dot(X, tl.trans(Y), U, input_precision=PRECISION)
+        if EVEN:
+            W = tl.load(W_at + w_tile)
+        else:
+            W = tl.load(W_at + w_tile, mask=(row < left) & (col < cols_left), other=0.0)
+        new = _update_tile(
+            _in_pieces(U, WARPS, BESIDE), W, row, col, group, first_row, first_col, left,
+            cols_left, kept_ptr, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
+        )  # fmt: skip
+        if EVEN:
+            tl.store(W_at + w_tile, new)
+        else:
+            tl.store(W_at + w_tile, new, mask=(row < left) & (col < cols_left))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _update_kernel(
     table_ptr,
     tiles_ptr,
+    scratch_ptr,
     lr_ptr,
+    nonfinite_ptr,
     rng_step_ptr,
     weight_decay,
     scale,
@@ -750,7 +822,6 @@ def _update_kernel(
     FIELDS: tl.constexpr,
     W_DTYPE: tl.constexpr,
     P_DTYPE: tl.constexpr,
-    SIDES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -758,35 +829,61 @@ def _update_kernel(
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     STAGES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    WARPS: tl.constexpr,
+    BESIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """W <- (1 - lr wd) W - lr scale (P N  or  N P^T), N from scratch.
+    """W <- (1 - lr wd) W - lr scale X Y^T; X, Y are P and N (left) or N and P.
 
-    Program i takes tiles[i] = (matrix, first strip element, walk begin, walk end). RESIDENT: the
-    strip's N is loaded once and the program walks; otherwise it owns one tile and loops over ranks.
+    Program i takes columns [tiles[i].1, + COLS) of matrix tiles[i].0 and walks down its rows
+    [tiles[i].2, tiles[i].3): programs that run at a time share rows, which memory likes. RESIDENT:
+    the rows of Y stay in shared memory and those of X stream; otherwise each tile loops over ranks.
+    Column-major matrices are taken as the row-major ones that they are in memory.
     """
     tile_ptr = tiles_ptr + tl.program_id(0) * 4
     row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
-    strip_first = tl.multiple_of(tl.load(tile_ptr + 1), BLOCK)
-    walk_first = tl.multiple_of(tl.load(tile_ptr + 2), BLOCK_K)
-    walk_end = tl.load(tile_ptr + 3)
-    left = SIDES == 1
-    if SIDES == 2:
-        left = _field(row_ptr, _LEFT) != 0
-    if left:
-        _update_program(
-            row_ptr, strip_first, walk_first, walk_end, lr_ptr, rng_step_ptr, weight_decay, scale,
-            seed_low, seed_high, W_DTYPE, P_DTYPE, True, STOCHASTIC, LAYOUT, ALIGNED, EVEN,
-            PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, RESIDENT, STAGES,
+    first_col = tl.multiple_of(tl.load(tile_ptr + 1), COLS)
+    first_row = tl.multiple_of(tl.load(tile_ptr + 2), ROWS)
+    row_end = tl.load(tile_ptr + 3)
+    FLIPPED: tl.constexpr = LAYOUT == 1
+    UNIT: tl.constexpr = 0 if LAYOUT == 1 else LAYOUT
+    cols_left = _field(row_ptr, _ROWS if FLIPPED else _COLS).to(tl.int32) - first_col
+    stride_m, stride_n = _strides(row_ptr, _W_STRIDE_M, LAYOUT, ALIGNED)
+    if FLIPPED:
+        stride_m = stride_n
+    left = _field(row_ptr, _LEFT)
+    by_row = left != 0 if FLIPPED else left == 0
+    n_address = scratch_ptr.to(tl.int64) + _field(row_ptr, _N)
+    p_address = _field(row_ptr, _P)
+    x_ptr = tl.where(by_row, n_address, p_address).to(tl.pointer_type(P_DTYPE))
+    y_ptr = tl.where(by_row, p_address, n_address).to(tl.pointer_type(P_DTYPE))
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+        y_ptr = tl.multiple_of(y_ptr, 16)
+    y_ptr += first_col.to(tl.int64) * RANK
+    w_ptr = pointer(row_ptr, _W, W_DTYPE, ALIGNED)
+    w_ptr = _step_along(w_ptr, first_col.to(tl.int64), stride_n, UNIT == 0)
+    kept_ptr = _place(scratch_ptr, row_ptr, _KEPT, tl.int8)
+    lr = tl.load(lr_ptr).to(tl.float32)
+    decay, step_size = 1.0 - lr * weight_decay, lr * scale
+    stream = _field(row_ptr, _STREAM).to(tl.uint32)
+    key = (seed_low, seed_high, tl.load(rng_step_ptr).to(tl.uint32), stream)
+    # Lines are skipped in one matrix of thousands: the others need not look for them.
+    if tl.load(nonfinite_ptr + _field(row_ptr, _INDEX)) != 0:
+        _walk_down(
+            w_ptr, x_ptr, y_ptr, kept_ptr, stride_m, stride_n, first_col, first_row, row_end,
+            cols_left, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, UNIT, EVEN,
+            PRECISION, RANK, RANK_BLOCK, ROWS, COLS, 2, RESIDENT, WARPS, BESIDE, 0, True,
         )  # fmt: skip
     else:
-        _update_program(
-            row_ptr, strip_first, walk_first, walk_end, lr_ptr, rng_step_ptr, weight_decay, scale,
-            seed_low, seed_high, W_DTYPE, P_DTYPE, False, STOCHASTIC, LAYOUT, ALIGNED, EVEN,
-            PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, RESIDENT, STAGES,
+        _walk_down(
+            w_ptr, x_ptr, y_ptr, kept_ptr, stride_m, stride_n, first_col, first_row, row_end,
+            cols_left, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, UNIT, EVEN,
+            PRECISION, RANK, RANK_BLOCK, ROWS, COLS, STAGES, RESIDENT, WARPS, BESIDE, AHEAD, False,
         )  # fmt: skip
 
 
@@ -794,93 +891,97 @@ class Config(NamedTuple):
     """How one group of matrices is launched.
 
     Attributes:
-        fused: One program projects, steps and updates its strip; otherwise N goes through scratch.
-        block: Strip elements of a projecting program.
-        block_k: Its walk step while projecting.
-        chunks: Parts in which it steps the moments (1, 2 or 4).
-        stages: Depth of its projecting pipeline.
-        warps: Its warps.
-        update_block: Strip elements of an updating program (block if fused).
-        update_k: Walk step while updating.
-        update_stages: Depth of the updating pipeline.
-        update_warps: Warps of an updating program (warps if fused).
-        update_walk: Elements an updating program walks.
         staged: Project into scratch and step the moments in a kernel of their own, as with ranks
-            whose R does not fit in registers; not together with fused.
+            whose R does not fit in registers.
+        block: Strip elements of a projecting program.
+        block_k: Its walk step.
+        chunks: Parts in which it steps the moments (1, 2 or 4).
+        stages: Depth of its pipeline.
+        warps: Its warps.
+        cols: Columns of an updating program.
+        rows: Rows of its tiles.
+        walk: Rows it walks.
+        update_stages: Depth of its pipeline.
+        update_warps: Its warps.
+        permuted: The order of its products is that of the tensor cores of sm_90.
+        adam: Elements and warps of a program that only steps moments.
+        registers: Most registers of an updating thread, so that more programs share a
+            multiprocessor; 0 for as many as it takes.
+        ahead: Tiles of W that it asks to be brought into L2 ahead of time; 0 for none.
     """
 
-    fused: bool
+    staged: bool
     block: int
     block_k: int
     chunks: int
     stages: int
     warps: int
-    update_block: int
-    update_k: int
+    cols: int
+    rows: int
+    walk: int
     update_stages: int
     update_warps: int
-    update_walk: int
-    staged: bool = False
+    permuted: bool = False
+    adam: tuple[int, int] = (4096, 8)
+    registers: int = 0
+    ahead: int = 0
 
 
 # Largest rank whose R one program holds in registers, and the chunk of a larger one, by itemsize.
 _RANK_IN_REGISTERS = {2: 256, 4: 128}
 _RANK_CHUNK = {2: 64, 4: 32}
-_ADAM_ELEMENTS = 8192
+# Columns of a program that steps moments of the left side: 256 bytes of float32.
+_LEFT_LINES = 64
 
 
 def _power_of_two(x: int, least: int = 16) -> int:
     return max(least, 1 << (x - 1).bit_length())
 
 
-_WHOLE = 1 << 30  # A walk from end to end.
-# Launch configurations by architecture family: (largest rank, R given, configuration), the first
-# that fits counts. 90: measured on an H100 (benchmarks/results/h100), over the matrices of a
-# LLaMA-2-7B block. The others by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89 and 120,
-# 227 KiB on 100), and registers as the compiler reports them.
+# Launch configurations by architecture family: (largest rank, configuration), the first that fits
+# counts. 90: measured on an H100 (benchmarks/results/h100), over the matrices of a LLaMA-2-7B
+# block. The others by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89 and 120, 227 KiB on
+# 100), and registers as the compiler reports them.
 _H100 = (
-    (64, False, Config(True, 128, 128, 2, 4, 8, 128, 64, 5, 8, _WHOLE)),
-    (128, False, Config(True, 128, 128, 4, 3, 8, 128, 64, 4, 8, _WHOLE)),
-    (128, True, Config(False, 128, 64, 4, 4, 8, 128, 64, 5, 8, 4096)),
-    (256, False, Config(False, 128, 64, 1, 4, 8, 128, 64, 3, 8, 4096, staged=True)),
-    (256, True, Config(False, 128, 64, 1, 4, 8, 128, 64, 3, 8, 2048)),
-    (1024, None, Config(False, 128, 64, 1, 4, 8, 128, 128, 4, 8, 128)),
+    (64, Config(False, 128, 128, 2, 4, 8, 128, 64, 512, 4, 8, True, registers=128)),
+    (128, Config(False, 128, 128, 4, 3, 8, 128, 64, 512, 3, 8, True, registers=128)),
+    (256, Config(True, 128, 64, 1, 4, 8, 128, 64, 1024, 3, 8, True)),
+    (1024, Config(True, 128, 64, 1, 4, 8, 256, 128, 128, 3, 16, True)),
 )
 _B200 = (
-    (128, None, Config(False, 128, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
-    (256, None, Config(False, 64, 64, 1, 3, 8, 128, 64, 3, 8, 4096, staged=True)),
-    (1024, None, Config(False, 128, 64, 1, 3, 8, 128, 128, 3, 8, 128)),
+    (128, Config(True, 128, 64, 1, 3, 8, 128, 64, 512, 3, 8)),
+    (256, Config(True, 64, 64, 1, 3, 8, 128, 64, 1024, 3, 8)),
+    (1024, Config(True, 128, 64, 1, 3, 8, 128, 128, 128, 3, 16)),
 )
 _A100 = (
-    (128, None, Config(True, 64, 64, 4, 3, 4, 64, 64, 3, 4, _WHOLE)),
-    (256, None, Config(False, 64, 32, 1, 3, 8, 64, 32, 3, 8, 2048, staged=True)),
-    (1024, None, Config(False, 64, 32, 1, 3, 8, 64, 64, 3, 4, 64)),
+    (128, Config(False, 64, 64, 4, 3, 4, 128, 64, 512, 3, 8)),
+    (256, Config(True, 64, 32, 1, 3, 8, 64, 64, 512, 2, 8)),
+    (1024, Config(True, 64, 32, 1, 3, 8, 64, 64, 64, 3, 4)),
 )
 _SMALL = (
-    (128, None, Config(True, 64, 32, 2, 3, 8, 64, 32, 2, 8, _WHOLE)),
-    (256, None, Config(False, 64, 32, 1, 3, 8, 32, 32, 2, 4, 2048, staged=True)),
-    (1024, None, Config(False, 64, 32, 1, 3, 8, 64, 64, 2, 4, 64)),
+    (128, Config(False, 64, 32, 2, 3, 8, 64, 64, 512, 2, 4)),
+    (256, Config(True, 64, 32, 1, 3, 8, 64, 32, 512, 2, 4)),
+    (1024, Config(True, 64, 32, 1, 3, 8, 64, 64, 64, 2, 4)),
 )
 _TABLES = {80: _A100, 90: _H100, 100: _B200, 103: _B200}
 # float32 operands: three tf32 products each, twice the shared memory.
-_FLOAT32 = Config(False, 64, 32, 1, 2, 8, 64, 32, 2, 8, 1024)
+_FLOAT32 = Config(False, 64, 32, 1, 2, 8, 64, 32, 512, 2, 8)
 
 
-def config_for(architecture: int, rank: int, itemsize: int, projected: bool) -> Config:
+def config_for(architecture: int, rank: int, itemsize: int) -> Config:
     """Launch configuration for matrices of one rank and dtype.
 
     Args:
         architecture: Compute capability, ten times major plus minor; 0 for none.
         rank: Rank r.
         itemsize: Bytes of an operand of the tensor cores: 2, or 4 where float32 takes part.
-        projected: R is given.
     """
     if itemsize == 4:
         return _FLOAT32
-    for largest, given, config in _TABLES.get(architecture, _SMALL):
-        if rank <= largest and given in (None, projected):
+    for largest, config in _TABLES.get(architecture, _SMALL):
+        if rank <= largest:
             return config
-    return _SMALL[-1][2]
+    return _SMALL[-1][1]
 
 
 class _Group(NamedTuple):
@@ -888,8 +989,8 @@ class _Group(NamedTuple):
 
     members: list[int]
     launches: list[Launch]
-    # Places of N, R and the kept flags of each matrix in the arena, or None; and the arena's size.
-    scratch: list[tuple[int | None, int | None, int | None]]
+    # Places of N, R and the kept flags of each matrix in the scratch memory, and its size.
+    scratch: list[tuple[int, int, int]]
     scratch_size: int
 
 
@@ -953,23 +1054,17 @@ def prepare_lowrank_adam(
     for group in groups:
         rows = []
         for i, places in zip(group.members, group.scratch, strict=True):
-            n_place, r_place, kept_place = (place or 0 for place in places)
-            W, G = params[i], grads[i]
-            row = [x.data_ptr() for x in (W, bases[i], exp_avgs[i], exp_avg_sqs[i], steps[i])]
-            row = [row[0], 0, *row[1:], n_place, r_place, *W.shape]
-            row += [*W.stride(), *((0, 0) if projected else G.stride())]
-            row += [streams[i] & 0xFFFFFFFF, i, int(sides[i] == "left"), kept_place]
-            rows.append(row + [0] * (_COLUMNS - len(row)))
-        prepared.append((group.members, group.launches, Tables(rows, device)))
-    scratch_columns = (_N, _KEPT) if projected else (_N, _R, _KEPT)
-    return Prepared(
-        prepared,
-        grads,
-        seed,
-        grad_columns=[_G.value, _R.value] if projected else [_G.value],
-        scratch_columns=[column.value for column in scratch_columns],
-        scratch_size=max((group.scratch_size for group in groups), default=0),
-    )
+            row = [
+                x.data_ptr() for x in (params[i], bases[i], exp_avgs[i], exp_avg_sqs[i], steps[i])
+            ]
+            row += [*places, *params[i].shape, *params[i].stride()]
+            row += (0, 0) if projected else grads[i].stride()
+            row += [streams[i] & 0xFFFFFFFF, i, int(sides[i] == "left")]
+            rows.append(row)
+        table = upload(torch.tensor(rows, dtype=torch.int64), device)
+        prepared.append((group.launches, table))
+    size = max((group.scratch_size for group in groups), default=0)
+    return Prepared(prepared, grads, seed, size)
 
 
 def launch_lowrank_adam(
@@ -1082,11 +1177,13 @@ def _group(
         architecture = 10 * major + minor
     narrow = p_dtype != torch.float32 and (projected or g_dtype == p_dtype)
     if config is None:
-        config = config_for(architecture, rank, 2 if narrow else 4, projected)
+        config = config_for(architecture, rank, 2 if narrow else 4)
     rank_block = _power_of_two(rank)
     left = [sides[i] == "left" for i in members]
-    strips = [params[i].shape[1 if on_left else 0] for i, on_left in zip(members, left)]
-    walks = [params[i].shape[0 if on_left else 1] for i, on_left in zip(members, left)]
+    strips = [
+        params[i].shape[1 if on_left else 0] for i, on_left in zip(members, left, strict=True)
+    ]
+    walks = [params[i].shape[0 if on_left else 1] for i, on_left in zip(members, left, strict=True)]
 
     def even(block: int, step: int) -> bool:
         return all(n % block == 0 for n in strips) and all(m % step == 0 for m in walks)
@@ -1094,19 +1191,14 @@ def _group(
     def tiles(rows: list[tuple[int, int, int, int]]) -> Tensor:
         return upload(torch.tensor(rows, dtype=torch.int32), device)
 
-    def strip_tiles(block: int) -> Tensor:
-        return tiles([(k, s, 0, 0) for k, n in enumerate(strips) for s in range(0, n, block)])
-
     shared = {
-        "FIELDS": _COLUMNS, "P_DTYPE": TL_DTYPES[p_dtype], "LAYOUT": layout, "ALIGNED": is_aligned,
-        "SIDES": 2 if len(set(left)) == 2 else int(left[0]), "RANK": rank,
+        "FIELDS": _COLUMNS, "P_DTYPE": TL_DTYPES[p_dtype], "ALIGNED": is_aligned, "RANK": rank,
     }  # fmt: skip
+    sides_present = {"SIDES": 2 if len(set(left)) == 2 else int(left[0])}
     precision = {"PRECISION": "tf32" if narrow else "tf32x3"}
     update_precision = {"PRECISION": "tf32x3" if p_dtype == torch.float32 else "tf32"}
-    rounding = {"STOCHASTIC": stochastic and w_dtype == torch.bfloat16}
     in_registers = rank_block <= _RANK_IN_REGISTERS[2 if narrow else 4]
-    in_program = in_registers and not config.staged
-    fused = config.fused and in_program
+    in_program = in_registers and not config.staged and not projected
     launches: list[Launch] = []
     if not projected and not in_program:
         chunk = min(rank_block, 256 if narrow else 64)
@@ -1118,56 +1210,75 @@ def _group(
         ]
         launches.append(
             Launch(_project_kernel, tiles(rows), {
-                **shared, **precision, "G_DTYPE": TL_DTYPES[g_dtype],
-                "EVEN": even(config.block, config.block_k), "RANK_BLOCK": chunk,
+                **shared, **sides_present, **precision, "G_DTYPE": TL_DTYPES[g_dtype],
+                "LAYOUT": layout, "EVEN": even(config.block, config.block_k), "RANK_BLOCK": chunk,
                 "BLOCK": config.block, "BLOCK_K": config.block_k, "STAGES": config.stages,
                 "num_warps": config.warps,
             })
         )  # fmt: skip
-    project = not projected and in_program
-    block, chunks, warps = config.block, config.chunks, config.warps
-    if not project and not fused:
-        block, chunks, warps = max(16, _ADAM_ELEMENTS // rank_block), 1, 8
-    given = g_dtype if projected else torch.float32
-    constants = {
-        **shared, **(precision if project else update_precision), **rounding,
-        "W_DTYPE": TL_DTYPES[w_dtype], "M_DTYPE": TL_DTYPES[m_dtype],
-        "G_DTYPE": TL_DTYPES[g_dtype if project else given], "PROJECT": project, "UPDATE": fused,
-        "EVEN": even(block, max(config.block_k if project else 1, config.update_k if fused else 1)),
-        "RANK_BLOCK": rank_block, "BLOCK": block, "BLOCK_K": config.block_k,
-        "UPDATE_K": config.update_k, "CHUNKS": chunks, "STAGES": config.stages,
-        "UPDATE_STAGES": config.update_stages, "num_warps": warps,
-    }  # fmt: skip
-    launches.append(Launch(_lowrank_adam_kernel, strip_tiles(block), constants))
-    if not fused:
-        walk = config.update_walk if in_registers else config.update_k
-        rows = [
-            (k, s, w, min(w + walk, m))
-            for k, (n, m) in enumerate(zip(strips, walks, strict=True))
-            for w in range(0, m, walk)
-            for s in range(0, n, config.update_block)
-        ]
+    if in_program:
+        rows = [(k, s, 0, 0) for k, n in enumerate(strips) for s in range(0, n, config.block)]
         launches.append(
-            Launch(_update_kernel, tiles(rows), {
-                **shared, **update_precision, **rounding, "W_DTYPE": TL_DTYPES[w_dtype],
-                "EVEN": even(config.update_block, config.update_k),
-                "RANK_BLOCK": rank_block if in_registers else _RANK_CHUNK[p_dtype.itemsize],
-                "BLOCK": config.update_block, "BLOCK_K": config.update_k, "RESIDENT": in_registers,
-                "STAGES": config.update_stages, "num_warps": config.update_warps,
+            Launch(_project_and_step_kernel, tiles(rows), {
+                **shared, **sides_present, **precision, "G_DTYPE": TL_DTYPES[g_dtype],
+                "M_DTYPE": TL_DTYPES[m_dtype], "LAYOUT": layout,
+                "EVEN": even(config.block, config.block_k), "RANK_BLOCK": rank_block,
+                "BLOCK": config.block, "BLOCK_K": config.block_k, "CHUNKS": config.chunks,
+                "STAGES": config.stages, "num_warps": config.warps,
             })
         )  # fmt: skip
+    else:
+        elements, warps = config.adam
+        blocks = [_LEFT_LINES if on_left else max(4, elements // rank_block) for on_left in left]
+        # The left side's programs take longer: they come first.
+        order = sorted(range(len(members)), key=lambda k: not left[k])
+        rows = [(k, s, 0, 0) for k in order for s in range(0, strips[k], blocks[k])]
+        launches.append(
+            Launch(_step_given_kernel, tiles(rows), {
+                **shared, **sides_present, "M_DTYPE": TL_DTYPES[m_dtype], "GIVEN": projected,
+                "R_DTYPE": TL_DTYPES[g_dtype] if projected else tl.float32,
+                "EVEN": all(n % block == 0 for n, block in zip(strips, blocks, strict=True)),
+                "RANK_BLOCK": rank_block, "BLOCK": max(4, elements // rank_block),
+                "LEFT_BLOCK": _LEFT_LINES, "LEFT_RANKS": min(rank_block, elements // _LEFT_LINES),
+                "num_warps": warps,
+            })
+        )  # fmt: skip
+    # W as it lies in memory: rows, then columns.
+    shapes = [tuple(params[i].shape) for i in members]
+    if layout == COLUMN_MAJOR:
+        shapes = [(n, m) for m, n in shapes]
+    walk = config.walk if in_registers else config.rows
+    rows = [
+        (k, s, w, min(w + walk, m))
+        for k, (m, n) in enumerate(shapes)
+        for w in range(0, m, walk)
+        for s in range(0, n, config.cols)
+    ]
+    below = min(config.rows // 16, 8) if config.permuted and layout == ROW_MAJOR else 0
+    launches.append(
+        Launch(_update_kernel, tiles(rows), {
+            **shared, **update_precision, "W_DTYPE": TL_DTYPES[w_dtype], "LAYOUT": layout,
+            "STOCHASTIC": stochastic and w_dtype == torch.bfloat16,
+            "EVEN": all(m % config.rows == 0 and n % config.cols == 0 for m, n in shapes),
+            "RANK_BLOCK": rank_block if in_registers else _RANK_CHUNK[p_dtype.itemsize],
+            "ROWS": config.rows, "COLS": config.cols, "STAGES": config.update_stages,
+            "RESIDENT": in_registers, "WARPS": below,
+            "BESIDE": config.update_warps // below if below else 0,
+            "AHEAD": config.ahead, "num_warps": config.update_warps,
+            **({"maxnreg": config.registers} if config.registers else {}),
+        })
+    )  # fmt: skip
 
-    scratch: list[tuple[int | None, int | None, int | None]] = []
+    scratch: list[tuple[int, int, int]] = []
     size = 0
     for n in strips:
-        wanted = (
-            n * rank * p_dtype.itemsize if not fused else 0,
-            n * rank * 4 if not projected and not in_program else 0,
-            n if not fused else 0,
-        )
-        places: list[int | None] = []
-        for count in wanted:
-            places.append(size if count else None)
+        places = []
+        for count in (
+            n * rank * p_dtype.itemsize,
+            0 if projected or in_program else n * rank * 4,
+            n,
+        ):
+            places.append(size)
             size += -(-count // 256) * 256
-        scratch.append(tuple(places))
+        scratch.append((places[0], places[1], places[2]))
     return _Group(members, launches, scratch, size)

@@ -23,11 +23,12 @@ HALF_ULP = 2**-24
 SEED = 2**40 + 2**31 + 12345
 # Small blocks, so that small matrices have several strips, walks and chunks.
 SMALL = {
-    "block": 32, "block_k": 16, "chunks": 2, "stages": 2, "warps": 4, "update_block": 32,
-    "update_k": 16, "update_stages": 2, "update_warps": 4, "update_walk": 32,
+    "block": 32, "block_k": 16, "chunks": 2, "stages": 2, "warps": 4, "cols": 32, "rows": 16,
+    "walk": 32, "update_stages": 2, "update_warps": 4, "adam": (1024, 4),
 }  # fmt: skip
-FUSED = lowrank_adam.Config(fused=True, **SMALL)
-SPLIT = lowrank_adam.Config(fused=False, **SMALL)
+WHOLE = lowrank_adam.Config(staged=False, **SMALL)
+STAGED = lowrank_adam.Config(staged=True, **SMALL)
+CONFIGS = pytest.mark.parametrize("config", [WHOLE, STAGED], ids=["whole", "staged"])
 
 
 def matrices(m, n, r, side, dtype, moments=torch.float32, layout="row", seed=0):
@@ -100,7 +101,7 @@ if DEVICE == "cuda":
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@CONFIGS
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("m", "n", "r", "layout"),
@@ -122,13 +123,58 @@ def test_step_against_float64(dtype, config, side, m, n, r, layout):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "warps", "m", "n", "r"),
+    [
+        (64, 128, 8, 128, 128, 16),
+        (64, 128, 8, 72, 136, 24),
+        (64, 256, 16, 136, 264, 24),
+        (128, 256, 16, 128, 256, 16),
+    ],
+)
+def test_permuted_products(m, n, r, rows, cols, warps, side):
+    """Rows and columns stand for others in the product and nowhere else: W, lines, random bits."""
+    config = WHOLE._replace(rows=rows, cols=cols, walk=128, update_warps=warps, permuted=True)
+    sets = [matrices(m, n, r, side, torch.float32, seed=s) for s in (1, 2)]
+    sets[1][1][5, 9] = float("nan")
+    ours, flags = step(lowrank_adam.launch_lowrank_adam, sets, [side] * 2, config=config)
+    assert flags.tolist() == [0, 1]
+    assert_close_to_float64(ours[:1], sets[:1], [side])
+    strip = (slice(None), 9) if side == "left" else (5, slice(None))
+    assert torch.equal(ours[1][0][strip], sets[1][0][strip])
+    rest = torch.ones(m, n, dtype=torch.bool, device=DEVICE)
+    rest[strip] = False
+    assert (ours[1][0] != sets[1][0])[rest].float().mean() > 0.99
+
+    rounded = [(W.bfloat16(), *others) for W, *others in sets[:1]]
+    options = {"stochastic": True, "config": config}
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, rounded, [side], **options)
+    want, _ = step(reference.lowrank_adam_, rounded, [side], stochastic=True)
+    assert (ours[0][0] != want[0][0]).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bits_of_column_major_weights(side):
+    """The bits follow the matrix, not its place in memory."""
+    W, *rest = matrices(44, 52, 24, side, torch.float32)
+    outcomes = []
+    for weights in (W.bfloat16(), W.bfloat16().T.contiguous().T):
+        got, _ = step(
+            lowrank_adam.launch_lowrank_adam, [(weights, *rest)], [side], stochastic=True,
+            config=WHOLE,
+        )  # fmt: skip
+        outcomes.append(got[0][0])
+    assert (outcomes[0] != outcomes[1]).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_rank_beyond_the_registers(side):
     sets = [matrices(290, 300, 272, side, torch.float32)]
-    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, [side], config=SPLIT)
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, [side], config=STAGED)
     assert_close_to_float64(ours, sets, [side])
 
 
-@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@CONFIGS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_projected_gradient(config, side):
     W, G, P, M, V = matrices(70, 50, 24, side, torch.float32)
@@ -141,11 +187,11 @@ def test_projected_gradient(config, side):
 @pytest.mark.parametrize("t", [1.0, 2.0, 100.0, 5000.0])
 def test_bias_correction(t):
     sets = [matrices(40, 48, 16, "left", torch.float32)]
-    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], t=t, config=FUSED)
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], t=t, config=WHOLE)
     assert_close_to_float64(ours, sets, ["left"], t=t)
 
 
-@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@CONFIGS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_nonfinite_strips_stay_as_they_were(config, bad, side):
@@ -161,7 +207,7 @@ def test_nonfinite_strips_stay_as_they_were(config, bad, side):
         assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"])
+@CONFIGS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_random_bits_are_the_references(config, side):
     """bfloat16 moments: one wrong bit in 65,536 would show as a differing element here."""
@@ -182,7 +228,7 @@ def test_bfloat16_weights(stochastic):
         W, *rest = matrices(44, 52, 24, side, torch.float32)
         sets.append((W.bfloat16(), *rest))
     sides, options = ["left", "right"], {"stochastic": stochastic}
-    got, _ = step(lowrank_adam.launch_lowrank_adam, sets, sides, config=FUSED, **options)
+    got, _ = step(lowrank_adam.launch_lowrank_adam, sets, sides, config=WHOLE, **options)
     want, _ = step(reference.lowrank_adam_, sets, sides, **options)
     for x, y in zip(got, want, strict=True):
         assert (x[0] != y[0]).float().mean() < 2e-3
@@ -196,11 +242,11 @@ def test_grouping_changes_no_bit_and_blocks_no_random_bit():
             matrices(48, 64, 16, side, torch.float32, seed=i) for i, side in enumerate(sides)
         )
     ]
-    launch, options = lowrank_adam.launch_lowrank_adam, {"stochastic": True, "config": FUSED}
+    launch, options = lowrank_adam.launch_lowrank_adam, {"stochastic": True, "config": WHOLE}
     together, _ = step(launch, sets, sides, **options)
-    other = FUSED._replace(block=16, block_k=16, update_k=32, chunks=1)
+    other = WHOLE._replace(block=16, block_k=16, rows=32, cols=16, chunks=1)
     for i, side in enumerate(sides):
-        for config in (FUSED, other):
+        for config in (WHOLE, other):
             alone, _ = step(
                 launch,
                 [sets[i]],
@@ -210,7 +256,7 @@ def test_grouping_changes_no_bit_and_blocks_no_random_bit():
                 config=config,
             )
             for x, y in zip(alone[0], together[i], strict=True):
-                if config is FUSED:
+                if config is WHOLE:
                     assert torch.equal(x, y)
                 elif x.dtype == torch.float32:
                     # Other blocks, another order of the sums.
@@ -223,7 +269,7 @@ def test_new_addresses_are_seen():
     """The pointer table is kept between calls and must follow tensors that move."""
     for seed in range(3):
         sets = [matrices(40, 48, 16, "left", torch.float32, seed=seed)]
-        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], config=FUSED)
+        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"], config=WHOLE)
         assert_close_to_float64(ours, sets, ["left"])
 
 
@@ -353,9 +399,9 @@ def test_a_launch_is_bound_once_for_each_kind_of_arguments(monkeypatch):
     monkeypatch.setattr(common, "CompiledKernel", Compiled)
     tiles = torch.zeros(6, 4)
     launch = common.Launch(Kernel(), tiles, {"BLOCK": 32, "RANK": 8, "num_warps": 4})
-    values = {"eps": 1e-8, "lr_ptr": "lr", "unused": 1}
+    values = {"eps": 1e-8, "lr_ptr": "lr", "table_ptr": "table", "unused": 1}
     for kind in ("a", "a", "b"):
-        launch(kind, "table", values)
+        launch(kind, values)
     named = {"table_ptr": "table", "tiles_ptr": tiles, "lr_ptr": "lr", "eps": 1e-8}
     bound = ("bound", (6, 1, 1), {**named, "BLOCK": 32, "RANK": 8, "num_warps": 4})
     assert calls == [
@@ -372,11 +418,11 @@ def test_sets_of_matrices_share_their_scratch():
     sizes = []
     for n in (96, 48, 64, 80):
         sets = [matrices(n, n, 16, side, torch.float32, seed=n) for side in ("left", "right")]
-        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left", "right"], config=SPLIT)
+        ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left", "right"], config=STAGED)
         assert_close_to_float64(ours, sets, ["left", "right"])
         sizes.append(sum(arena.numel() for arena in arenas.values()))
-    # N in float32 and a flag for each line, in pieces of 256 bytes, for both matrices.
-    assert sizes == [2 * (96 * 16 * 4 + 256)] * 4
+    # N and R in float32 and a flag for each line, in pieces of 256 bytes, for both matrices.
+    assert sizes == [2 * (2 * 96 * 16 * 4 + 256)] * 4
 
 
 def test_what_is_not_covered_is_left_to_the_reference():
@@ -398,7 +444,7 @@ def test_what_is_not_covered_is_left_to_the_reference():
 
 def test_empty_matrices_and_empty_lists():
     sets = [matrices(0, 20, 0, "left", torch.float32), matrices(24, 20, 8, "left", torch.float32)]
-    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"] * 2, config=FUSED)
+    ours, _ = step(lowrank_adam.launch_lowrank_adam, sets, ["left"] * 2, config=WHOLE)
     assert_close_to_float64(ours[1:], sets[1:], ["left"], streams=[3_000_000_001])
     assert step(lowrank_adam.launch_lowrank_adam, [], [])[0] == []
 
@@ -506,8 +552,8 @@ def test_prepared_step_waits_for_nothing():
 
 
 COMPILE = """
-import itertools, json, os, re, subprocess, sys, tempfile
-import triton, triton.language as tl
+import functools, json, os, re, subprocess, sys, tempfile
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from owlore.kernels import lowrank_adam as module
@@ -516,14 +562,18 @@ architecture = int(sys.argv[1])
 FLOATS = ("beta1 one_minus_beta1 log_beta1 beta2 one_minus_beta2 log_beta2 eps weight_decay scale")
 TYPES = {
     "table_ptr": "*i64", "tiles_ptr": "*i32", "lr_ptr": "*fp32", "nonfinite_ptr": "*i32",
+    "grads_ptr": "*i64", "scratch_ptr": "*u8",
     "rng_step_ptr": "*i64", "seed_low": "i32", "seed_high": "i32",
     **{name: "fp32" for name in FLOATS.split()},
 }
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 
-def resources(kernel, constants, warps):
+@functools.cache
+def resources(kernel, items):
+    constants = dict(items)
     names = kernel.arg_names
+    options = {n: v for n, v in constants.items() if n.islower()}
     source = ASTSource(
         fn=kernel,
         signature={n: TYPES.get(n, "constexpr") for n in names},
@@ -531,7 +581,7 @@ def resources(kernel, constants, warps):
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
     )
     built = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+        source, target=GPUTarget("cuda", architecture, 32), options=options
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -541,27 +591,36 @@ def resources(kernel, constants, warps):
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": built.metadata.shared}
 
 
-common = {
-    "FIELDS": 20, "SIDES": 2, "W_DTYPE": tl.bfloat16, "G_DTYPE": tl.bfloat16,
-    "P_DTYPE": tl.bfloat16, "M_DTYPE": tl.float32, "STOCHASTIC": True, "LAYOUT": 0, "ALIGNED": True,
-    "EVEN": True, "PRECISION": "tf32",
-}
+import torch
+from owlore.kernels import common
+
 rows = []
-for rank in (128, 256):
-    c = module.config_for(architecture, rank, 2, False)
-    sizes = {"RANK": rank, "RANK_BLOCK": rank, "BLOCK": c.block, "BLOCK_K": c.block_k}
-    sizes |= {"UPDATE_K": c.update_k, "CHUNKS": c.chunks, "STAGES": c.stages}
-    sizes |= {"UPDATE_STAGES": c.update_stages, "PROJECT": True, "UPDATE": c.fused}
-    if c.staged:
-        rows.append(resources(module._project_kernel, {**common, **sizes}, c.warps))
-        adam = {"PROJECT": False, "BLOCK": module._ADAM_ELEMENTS // rank, "G_DTYPE": tl.float32}
-        rows.append(resources(module._lowrank_adam_kernel, {**common, **sizes, **adam}, 8))
-    else:
-        rows.append(resources(module._lowrank_adam_kernel, {**common, **sizes}, c.warps))
-    if not c.fused:
-        sizes |= {"BLOCK": c.update_block, "BLOCK_K": c.update_k, "RESIDENT": True}
-        sizes |= {"STAGES": c.update_stages}
-        rows.append(resources(module._update_kernel, {**common, **sizes}, c.update_warps))
+common.Launch.__init__ = lambda self, kernel, tiles, constants: rows.append(
+    resources(kernel, tuple(constants.items()))
+)
+torch.cuda.get_device_capability = lambda device: divmod(architecture, 10)
+module.upload = lambda table, device: table
+
+
+class Device:
+    type = "cuda"
+
+
+# What a plan asks of a weight, on a device that need not exist.
+class Matrix:
+    device = Device()
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+
+for rank in (128, 256, 512):
+    for projected in (False, True):
+        kinds = (torch.bfloat16, torch.float32 if projected else torch.bfloat16, torch.bfloat16)
+        shared = (*kinds, torch.float32, rank, module.ROW_MAJOR, True)
+        params = [Matrix(4096, 4096), Matrix(4096, 11008)]
+        sides = ["right", "left"]
+        module._group([0, 1], shared, params, sides, projected, True, None)
 print(json.dumps(rows))
 """
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
