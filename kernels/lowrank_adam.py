@@ -1119,6 +1119,27 @@ def launch_lowrank_adam(
     return True
 
 
+def scratch_bytes(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    sides: Sequence[str],
+    projected: bool,
+    architecture: int,
+) -> int:
+    """Bytes of scratch memory that a step on such tensors takes on a GPU of an architecture.
+
+    The tensors may be on any device, "meta" too.
+    """
+    groups = _plan(
+        params, grads, bases, exp_avgs, exp_avg_sqs, sides, projected, True, None, architecture
+    )
+    return max((group.scratch_size for group in groups or ()), default=0)
+
+
 def _plan(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -1129,6 +1150,7 @@ def _plan(
     projected: bool,
     stochastic: bool,
     config: Config | None,
+    architecture: int | None = None,
 ) -> list[_Group] | None:
     """Groups the matrices by what their launches have in common; None = not covered."""
     members: dict[tuple, list[int]] = {}
@@ -1155,7 +1177,7 @@ def _plan(
         common = (W.dtype, G.dtype, P.dtype, M.dtype, rank, layout, even and aligned(tensors))
         members.setdefault(common, []).append(i)
     return [
-        _group(indices, common, params, sides, projected, stochastic, config)
+        _group(indices, common, params, sides, projected, stochastic, config, architecture)
         for common, indices in members.items()
     ]
 
@@ -1168,13 +1190,15 @@ def _group(
     projected: bool,
     stochastic: bool,
     config: Config | None,
+    architecture: int | None,
 ) -> _Group:
     w_dtype, g_dtype, p_dtype, m_dtype, rank, layout, is_aligned = common
     device = params[0].device
-    architecture = 0
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        architecture = 10 * major + minor
+    if architecture is None:
+        architecture = 0
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            architecture = 10 * major + minor
     narrow = p_dtype != torch.float32 and (projected or g_dtype == p_dtype)
     if config is None:
         config = config_for(architecture, rank, 2 if narrow else 4)

@@ -321,15 +321,12 @@ def _scratch(name: str, *args: Any, **kwargs: Any) -> int:
         from owlore.kernels import lowrank_adam
     except ImportError:
         return 0
-    params, grads, bases, exp_avgs, exp_avg_sqs = args[:5]
-    projected = kwargs.get("projected", False)
-    rank = max(P.shape[1] for P in bases)
-    narrow = all(P.dtype != torch.float32 for P in bases)
-    config = lowrank_adam.config_for(_architecture(), rank, 2 if narrow else 4, projected)
-    groups = lowrank_adam._plan(
-        params, grads, bases, exp_avgs, exp_avg_sqs, kwargs["sides"], projected, True, config
+    return lowrank_adam.scratch_bytes(
+        *args[:5],
+        sides=kwargs["sides"],
+        projected=kwargs.get("projected", False),
+        architecture=_architecture(),
     )
-    return max((group.scratch_size for group in groups or ()), default=0)
 
 
 def meta_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
