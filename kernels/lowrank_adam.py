@@ -1190,7 +1190,7 @@ def _group(
     projected: bool,
     stochastic: bool,
     config: Config | None,
-    architecture: int | None,
+    architecture: int | None = None,
 ) -> _Group:
     w_dtype, g_dtype, p_dtype, m_dtype, rank, layout, is_aligned = common
     device = params[0].device
