@@ -51,22 +51,24 @@ def main() -> None:
     common.show(rows[0])
     model = build(args.device, args.small)
     ids = torch.randint(0, 512, (1, 16), device=args.device)
-    providers = [("owlore", r) for r in args.ranks] + [("adamw-fused", 0)]
-    for provider, rank in providers:
+    providers = [("owlore", r, path) for path in ("projected", "dense") for r in args.ranks]
+    for provider, rank, path in [*providers, ("adamw-fused", 0, "dense")]:
         if provider == "owlore":
             optimizer = OwLore(
                 model, lr=1e-4, blocks="all", rank=min(rank, 64) if args.small else rank,
                 distribution="uniform", embeddings="freeze", head="freeze", norms="freeze",
-                refresh_interval=10**6,
+                refresh_interval=10**6, gradient=path,
             )  # fmt: skip
         else:
             params = [p for n, p in model.named_parameters() if "proj" in n]
             for param in params:
                 param.requires_grad_(True)
             optimizer = torch.optim.AdamW(params, lr=1e-4, fused=args.device == "cuda")
-        model(input_ids=ids, labels=ids).loss.backward()
-        # The first step computes bases and compiles; the second finds everything in place.
-        optimizer.step()
+        # The first step computes bases and compiles; the later ones find everything in place.
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
         optimizer.step()
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -86,6 +88,7 @@ def main() -> None:
         rows.append(
             {
                 "bench": "step", "case": "llama2-7b-5-blocks", "provider": provider, "rank": rank,
+                "path": path,
                 "ms": timing.ms, "host_ms": statistics.median(host),
             }
         )  # fmt: skip
