@@ -1,4 +1,4 @@
-"""The low-rank AdamW step over a block's matrices, beside PyTorch, galore-torch and full AdamW.
+"""The low-rank AdamW step over a block's matrices, beside PyTorch, its peers and full AdamW.
 
     python benchmarks/bench_lowrank_adam.py --json benchmarks/results/h100/lowrank_adam.json
     python benchmarks/bench_lowrank_adam.py --cases smollm2-135m-block --ranks 16 --device cpu
@@ -6,7 +6,8 @@
 floor_ms is the larger of bytes / copy bandwidth and operations / GEMM rate, both measured in the
 same run; fraction is floor_ms / ms. Bytes: G (or R), W and the moments, each read once, W and the
 moments written once, and the bases read once. Rows of other providers carry the same floor.
-Sides are `std`. No subspace is computed in the timed steps: galore-torch is given its bases.
+Sides are `std`. No subspace is computed in the timed steps: galore-torch is given its bases, and
+apollo-torch, which scales whole gradients by norms in a random subspace, has made its own before.
 """
 
 from __future__ import annotations
@@ -102,14 +103,7 @@ def check(data: dict[str, Any], options: dict[str, Any]) -> None:
 
 def galore(data: dict[str, Any], r: int) -> Callable[[], Any]:
     """A step of galore-torch's AdamW with the bases given."""
-    spec = importlib.util.find_spec("galore_torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("galore-torch is not installed")
-    # Its __init__ imports bitsandbytes for an optimizer that is not used here.
-    package = types.ModuleType("galore_torch")
-    package.__path__ = list(spec.submodule_search_locations)
-    package.__spec__ = spec
-    sys.modules.setdefault("galore_torch", package)
+    package_of("galore_torch")
     from galore_torch.adamw import AdamW
     from galore_torch.galore_projector import GaLoreProjector
 
@@ -134,6 +128,40 @@ def galore(data: dict[str, Any], r: int) -> Callable[[], Any]:
     return optimizer.step
 
 
+def package_of(name: str) -> None:
+    """Makes an installed package importable without running its __init__.
+
+    Those of galore-torch and apollo-torch import bitsandbytes for optimizers not used here.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"{name} is not installed")
+    package = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec
+    sys.modules.setdefault(name, package)
+
+
+def apollo(data: dict[str, Any], r: int) -> Callable[[], Any]:
+    """A step of apollo-torch's AdamW in a random subspace."""
+    package_of("apollo_torch")
+    from apollo_torch.apollo import AdamW
+
+    params = [torch.nn.Parameter(W.clone()) for W in data["params"]]
+    for param, G in zip(params, data["grads"], strict=True):
+        param.grad = G
+    group = {
+        "params": params,
+        "rank": r,
+        "update_proj_gap": 10**9,
+        "scale": 1.0,
+        "proj": "random",
+        "proj_type": "std",
+        "scale_type": "channel",
+    }
+    return AdamW([group], lr=1e-4, weight_decay=0.01).step
+
+
 def adamw_fused(data: dict[str, Any]) -> Callable[[], Any]:
     """A step of torch's fused AdamW on the whole matrices."""
     params = [torch.nn.Parameter(W.clone()) for W in data["params"]]
@@ -151,7 +179,9 @@ def main() -> None:
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[64, 128, 256, 512])
     parser.add_argument(
-        "--rivals", nargs="*", default=["reference", "torch.compile", "galore-torch", "adamw-fused"]
+        "--rivals",
+        nargs="*",
+        default=["reference", "torch.compile", "galore-torch", "apollo-torch", "adamw-fused"],
     )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json")
@@ -189,7 +219,7 @@ def main() -> None:
                         r,
                         path,
                         rounding,
-                        lambda d=data, o=options: ops.lowrank_adam_(**d, **o),
+                        prepared(data, options),
                         floor,
                     )
                 if case not in RIVALS or path == "projected" or r not in (128, 256):
@@ -201,6 +231,7 @@ def main() -> None:
                     ),
                     "torch.compile": lambda d=data, o=options: compiled(d, o),
                     "galore-torch": lambda d=data, k=r: galore(d, k),
+                    "apollo-torch": lambda d=data, k=r: apollo(d, k),
                     "adamw-fused": lambda d=data: adamw_fused(d),
                 }
                 for provider in args.rivals:
@@ -213,6 +244,15 @@ def main() -> None:
                         print(f"{provider}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                     call = None
     common.write_rows(args.json, rows)
+
+
+def prepared(data: dict[str, Any], options: dict[str, Any]) -> Callable[[], Any]:
+    """The step as `OwLore.step()` makes it."""
+    given = {**data, **options}
+    hyper = {name: given.pop(name) for name in HYPER if name != "seed"}
+    grads = given.pop("grads")
+    step = ops.prepare_lowrank_adam(**given)
+    return lambda: step(grads, **hyper)
 
 
 def compiled(data: dict[str, Any], options: dict[str, Any]) -> Callable[[], Any]:
