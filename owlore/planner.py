@@ -525,6 +525,9 @@ def _block_state(optimizer: OwLore, drop: bool) -> dict[str, int]:
                         sizes["bases" if key == "basis" else "moments"] += size
                 if drop:
                     optimizer.state.pop(param, None)
+    if drop:
+        # What a draw forgets too: prepared steps, which hold on to the state they were made for.
+        optimizer._buckets = None
     return sizes
 
 
