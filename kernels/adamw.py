@@ -31,8 +31,11 @@ _ROWS = tl.constexpr(4)
 _COLS = tl.constexpr(5)
 _STREAM = tl.constexpr(6)
 _INDEX = tl.constexpr(7)
-_STRIDES = tl.constexpr(8)
-_FIELDS = 16
+# Of a shard, the row and column of the whole parameter with which it begins: they key its bits.
+_FIRST_ROW = tl.constexpr(8)
+_FIRST_COL = tl.constexpr(9)
+_STRIDES = tl.constexpr(10)
+_FIELDS = 18
 
 # Programs of 4096 elements: 16 for each thread of eight warps.
 _BLOCK = 4096
@@ -121,6 +124,8 @@ def _adamw_kernel(
         tl.load(row_ptr + _STREAM).to(tl.uint32),
     )
     lr = tl.load(lr_ptr).to(tl.float32)
+    first_row = tl.load(row_ptr + _FIRST_ROW)
+    first_col = tl.load(row_ptr + _FIRST_COL)
     if DENSE:
         EIGHTS: tl.constexpr = BLOCK // 8
         # Eights fit in int32 where elements do not: an integer division in int64 is slow.
@@ -132,17 +137,19 @@ def _adamw_kernel(
         w_at = i.to(tl.int64)[:, None] * 8 + eighth
         g_at, m_at, v_at = w_at, w_at, w_at
         mask = (i.to(tl.int64) < rows * eights)[:, None]
+        group += (first_col // 8).to(tl.int32)
     else:
         i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         row = i // cols
         col = i % cols
-        group = col // 8
-        eighth = (col % 8).to(tl.int32)
+        group = (first_col + col) // 8
+        eighth = ((first_col + col) % 8).to(tl.int32)
         w_at = _offsets(row_ptr, 0, row, col)
         g_at = _offsets(row_ptr, 1, row, col)
         m_at = _offsets(row_ptr, 2, row, col)
         v_at = _offsets(row_ptr, 3, row, col)
         mask = i < rows * cols
+    row += first_row.to(row.dtype)
     W_old = tl.load(w_ptr + w_at, mask=mask, other=0.0)
     G = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
     M_old = tl.load(m_ptr + m_at, mask=mask, other=0.0)
@@ -184,6 +191,8 @@ def prepare_adamw(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> Prepared | None:
     """Prepares steps on these tensors; gradients may move from step to step.
 
@@ -204,9 +213,11 @@ def prepare_adamw(
         contiguous = all(x.is_contiguous() for x in tensors)
         if not contiguous and W.dim() != 2:
             return None
-        dense = contiguous and cols % 8 == 0
+        first_row = first_rows[index] if first_rows else 0
+        first_column = first_columns[index] if first_columns else 0
+        dense = contiguous and cols % 8 == 0 and first_column % 8 == 0
         row = [x.data_ptr() for x in (W, M, V, steps[index])]
-        row += [rows, cols, streams[index] & 0xFFFFFFFF, index]
+        row += [rows, cols, streams[index] & 0xFFFFFFFF, index, first_row, first_column]
         for x in tensors:
             row += [cols, 1] if contiguous else x.stride()
         common = (W.dtype, G.dtype, M.dtype, dense, dense and aligned(tensors))
@@ -260,6 +271,8 @@ def launch_adamw(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> bool:
     """`owlore.reference.adamw_`, one launch for each combination of dtypes.
 
@@ -268,13 +281,20 @@ def launch_adamw(
     """
     if not params:
         return True
-    key = fixed_key((params, exp_avgs, exp_avg_sqs, steps), stochastic, seed, tuple(streams))
+    key = fixed_key(
+        (params, exp_avgs, exp_avg_sqs, steps),
+        stochastic,
+        seed,
+        tuple(streams),
+        tuple(first_rows),
+        tuple(first_columns),
+    )
     options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     prepared = _prepared.get(key)
     if prepared is None or not prepared.launch(grads, lr, nonfinite, rng_step, **options):
         prepared = prepare_adamw(
             params, grads, exp_avgs, exp_avg_sqs, steps, stochastic=stochastic, seed=seed,
-            streams=streams,
+            streams=streams, first_rows=first_rows, first_columns=first_columns,
         )  # fmt: skip
         if prepared is None:
             return False

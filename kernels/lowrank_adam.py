@@ -32,7 +32,8 @@ from .rounding import counter_words, eight_halves, rounding_bits, stochastic_rou
 
 # Columns of the matrix table: pointers, places in the scratch memory (of N, of R while it waits for
 # its moments, and of the flags of lines that take part), sizes, strides, what keys the random bits.
-_COLUMNS = 17
+# Of a shard, the row and column of the whole matrix with which it begins key its bits.
+_COLUMNS = 19
 _W = tl.constexpr(0)
 _P = tl.constexpr(1)
 _M = tl.constexpr(2)
@@ -50,6 +51,8 @@ _G_STRIDE_N = tl.constexpr(13)
 _STREAM = tl.constexpr(14)
 _INDEX = tl.constexpr(15)
 _LEFT = tl.constexpr(16)
+_FIRST_ROW = tl.constexpr(17)
+_FIRST_COL = tl.constexpr(18)
 
 # How W and G lie in memory.
 ROW_MAJOR, COLUMN_MAJOR, STRIDED = 0, 1, 2
@@ -231,8 +234,10 @@ def _adam(
     M = tl.where(keep, M, M_old.to(tl.float32))
     V = tl.where(keep, V, V_old.to(tl.float32))
     if M_old.dtype == tl.bfloat16:
-        M = stochastic_round(M, rounding_bits(row, col, A, B, key, 1))
-        V = stochastic_round(V, rounding_bits(row, col, A, B, key, 2))
+        low, high, rng_step, stream, first_row, first_col = key
+        words = (low, high, rng_step, stream)
+        M = stochastic_round(M, rounding_bits(first_row + row, first_col + col, A, B, words, 1))
+        V = stochastic_round(V, rounding_bits(first_row + row, first_col + col, A, B, words, 2))
     else:
         M = M.to(M_old.dtype)
         V = V.to(V_old.dtype)
@@ -329,7 +334,9 @@ def _places(A: tl.constexpr, B: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.co
 
 
 @triton.jit
-def _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _moments_of(
+    row_ptr, rng_step_ptr, hyper, M_DTYPE: tl.constexpr, LEFT: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Pointers to a matrix' moments, Adam's scalars at its step, and the key of its random bits."""
     beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, low, high = hyper
     m_ptr = pointer(row_ptr, _M, M_DTYPE, ALIGNED)
@@ -339,7 +346,15 @@ def _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE: tl.constexpr, ALIGNED: tl
     unbias2 = 1.0 / bias_correction(t, log_beta2)
     adam = (unbias1, unbias2, beta1, one_minus_beta1, beta2, one_minus_beta2, eps)
     rng_step = tl.load(rng_step_ptr).to(tl.uint32)
-    key = (low, high, rng_step, _field(row_ptr, _STREAM).to(tl.uint32))
+    # The moments begin where the strip does; along the ranks they are whole.
+    first_row = _field(row_ptr, _FIRST_ROW).to(tl.int32)
+    first_col = _field(row_ptr, _FIRST_COL).to(tl.int32)
+    if LEFT:
+        first_row = first_row * 0
+    else:
+        first_col = first_col * 0
+    stream = _field(row_ptr, _STREAM).to(tl.uint32)
+    key = (low, high, rng_step, stream, first_row, first_col)
     return (m_ptr, v_ptr), adam, key
 
 
@@ -392,7 +407,7 @@ def _project_and_step(
         m = tl.multiple_of(m, 8)
         n = tl.multiple_of(n, 8)
     MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
-    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, ALIGNED)
+    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, LEFT, ALIGNED)
     p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED)
     g_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, G_DTYPE, ALIGNED)
     stride_m, stride_n = _strides(row_ptr, _G_STRIDE_M, LAYOUT, ALIGNED)
@@ -496,7 +511,7 @@ def _step_given(
         m = tl.multiple_of(m, 8)
         n = tl.multiple_of(n, 8)
     MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
-    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, ALIGNED)
+    moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, LEFT, ALIGNED)
     if GIVEN:
         r_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, R_DTYPE, ALIGNED)
     else:
@@ -702,6 +717,10 @@ def _update_tile(
         of_col = tl.load(kept_ptr + first_col + col, mask=some_col, other=1)
         new = tl.where((of_row != 0) & (of_col != 0), new, old)
     if STOCHASTIC:
+        low, high, rng_step, stream, row_offset, col_offset = key
+        key = (low, high, rng_step, stream)
+        first_row += row_offset
+        first_col += col_offset
         if FLIPPED:
             A: tl.constexpr = U.shape[0]
             B: tl.constexpr = U.shape[2]
@@ -871,7 +890,10 @@ def _update_kernel(
     lr = tl.load(lr_ptr).to(tl.float32)
     decay, step_size = 1.0 - lr * weight_decay, lr * scale
     stream = _field(row_ptr, _STREAM).to(tl.uint32)
-    key = (seed_low, seed_high, tl.load(rng_step_ptr).to(tl.uint32), stream)
+    row_offset = _field(row_ptr, _FIRST_COL if FLIPPED else _FIRST_ROW).to(tl.int32)
+    col_offset = _field(row_ptr, _FIRST_ROW if FLIPPED else _FIRST_COL).to(tl.int32)
+    rng_step = tl.load(rng_step_ptr).to(tl.uint32)
+    key = (seed_low, seed_high, rng_step, stream, row_offset, col_offset)
     # Lines are skipped in one matrix of thousands: the others need not look for them.
     if tl.load(nonfinite_ptr + _field(row_ptr, _INDEX)) != 0:
         _walk_down(
@@ -1021,6 +1043,8 @@ def prepare_lowrank_adam(
     seed: int,
     streams: Sequence[int],
     projected: bool = False,
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
     config: Config | None = None,
 ) -> Prepared | None:
     """Prepares steps on these tensors; gradients may move from step to step.
@@ -1031,6 +1055,8 @@ def prepare_lowrank_adam(
     Returns:
         The step, or None if the tensors are of a kind the kernels do not cover.
     """
+    if any(column % 8 for column in first_columns):
+        return None
     device = params[0].device
     shapes = tuple(
         [
@@ -1060,6 +1086,8 @@ def prepare_lowrank_adam(
             row += [*places, *params[i].shape, *params[i].stride()]
             row += (0, 0) if projected else grads[i].stride()
             row += [streams[i] & 0xFFFFFFFF, i, int(sides[i] == "left")]
+            row.append(first_rows[i] if first_rows else 0)
+            row.append(first_columns[i] if first_columns else 0)
             rows.append(row)
         table = upload(torch.tensor(rows, dtype=torch.int64), device)
         prepared.append((group.launches, table))
@@ -1088,6 +1116,8 @@ def launch_lowrank_adam(
     seed: int,
     streams: Sequence[int],
     projected: bool = False,
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
     config: Config | None = None,
 ) -> bool:
     """`owlore.reference.lowrank_adam_` for all matrices in as few launches as they allow.
@@ -1102,7 +1132,7 @@ def launch_lowrank_adam(
         return True
     key = fixed_key(
         (params, bases, exp_avgs, exp_avg_sqs, steps), projected, stochastic, seed, tuple(streams),
-        tuple(sides), config,
+        tuple(sides), tuple(first_rows), tuple(first_columns), config,
     )  # fmt: skip
     prepared = _prepared.get(key)
     options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
@@ -1110,7 +1140,8 @@ def launch_lowrank_adam(
     if prepared is None or not prepared.launch(grads, lr, nonfinite, rng_step, **options):
         prepared = prepare_lowrank_adam(
             params, grads, bases, exp_avgs, exp_avg_sqs, steps, sides=sides,
-            stochastic=stochastic, seed=seed, streams=streams, projected=projected, config=config,
+            stochastic=stochastic, seed=seed, streams=streams, projected=projected,
+            first_rows=first_rows, first_columns=first_columns, config=config,
         )  # fmt: skip
         if prepared is None:
             return False

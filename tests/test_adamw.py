@@ -107,6 +107,20 @@ def test_grouping_changes_no_bit():
         assert all(torch.equal(x, theirs[i]) for x, i in zip(ours, order, strict=True))
 
 
+@pytest.mark.parametrize(("row", "col"), [(0, 24), (5, 0), (7, 13)])
+def test_a_shard_takes_the_bits_of_the_whole_parameter(row, col):
+    tensors = parameters([(20, 64), (40,)], torch.bfloat16, torch.bfloat16)
+    whole, _ = step(adamw.launch_adamw, *tensors)
+    shards = [[xs[0][row:, col:].contiguous(), xs[1][col:].contiguous()] for xs in tensors]
+    begins = {"first_rows": [row, 0], "first_columns": [col, col]}
+    got, _ = step(adamw.launch_adamw, *shards, **begins)
+    other, _ = step(adamw.launch_adamw, *shards)
+    for ours, plain, all_of in zip(got, other, whole, strict=True):
+        assert torch.equal(ours[0], all_of[0][row:, col:])
+        assert torch.equal(ours[1], all_of[1][col:])
+        assert not torch.equal(plain[0], ours[0])
+
+
 def test_prepared_steps_follow_gradients_that_move():
     """Bit for bit what the op does; 700 x 24 has several tiles."""
     W, G, M, V = parameters([(700, 24), (5, 7), "T", (0, 3)], torch.bfloat16, torch.bfloat16)

@@ -153,6 +153,30 @@ def test_permuted_products(m, n, r, rows, cols, warps, side):
     assert (ours[0][0] != want[0][0]).float().mean() < 2e-3
 
 
+@pytest.mark.parametrize("layout", ["row", "column"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_shard_takes_the_bits_of_the_whole_matrix(side, layout):
+    W, G, P, M, V = matrices(96, 72, 16, side, torch.float32, torch.bfloat16, layout)
+    W = clone(W.bfloat16()) if layout == "row" else W.T.bfloat16().T
+    R = (P.T @ G if side == "left" else G @ P).contiguous()
+    options = {"stochastic": True, "projected": True, "config": WHOLE}
+    whole, _ = step(lowrank_adam.launch_lowrank_adam, [(W, R, P, M, V)], [side], **options)
+    row, col = 40, 24
+    place = (slice(row, None), slice(col, None))
+    if side == "left":
+        lines, P = (slice(None), slice(col, None)), P[row:].contiguous()
+    else:
+        lines, P = (slice(row, None), slice(None)), P[col:].contiguous()
+    shard = (W[place], R[lines].contiguous(), P, M[lines].contiguous(), V[lines].contiguous())
+    begins = {"first_rows": [row], "first_columns": [col]}
+    got, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options, **begins)
+    other, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options)
+    for k, part in enumerate((place, lines, lines)):
+        want = whole[0][k][part]
+        assert torch.equal(got[0][k], want)
+        assert not torch.equal(other[0][k], want)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bits_of_column_major_weights(side):
     """The bits follow the matrix, not its place in memory."""
@@ -431,12 +455,15 @@ def test_what_is_not_covered_is_left_to_the_reference():
         (W.double(), G.double(), P.double(), M, V),
         (W, G, P.T.contiguous().T, M, V),
         (W, G, P, M.half().T.contiguous().T, V.half()),
+        # A shard that begins within eight columns.
+        (W, G, P, M, V),
     ]
     for case in cases:
         before = [x.clone() for x in case]
         done = lowrank_adam.launch_lowrank_adam(
             *([x] for x in case), [torch.tensor(1.0)], torch.tensor(0.1), torch.zeros(1).int(),
-            torch.tensor(0), sides=["left"], streams=[1], stochastic=False, seed=1, **ADAM,
+            torch.tensor(0), sides=["left"], streams=[1], stochastic=False, seed=1,
+            first_columns=[4], **ADAM,
         )  # fmt: skip
         assert done is False
         assert all(torch.equal(x, y) for x, y in zip(case, before, strict=True))
