@@ -287,5 +287,7 @@ def weight_norms(layout: Layout) -> list[float]:
         for entry in layout.entries:
             if entry.role == BLOCKS and entry.block is not None:
                 norm = torch.linalg.vector_norm(entry.param, dtype=torch.float32)
+                # Of a weight that FSDP2 spreads over ranks, each rank has the norm of its part.
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                 squares[entry.block] += float(norm) ** 2
     return [square**0.5 for square in squares]

@@ -1,18 +1,23 @@
-"""Training on several ranks: what the wrapper leaves alone, and how its gradients are averaged.
+"""Training on several ranks: averages of gradients that no wrapper averages, and shards of weights.
 
 DistributedDataParallel (DDP) expects a gradient of every parameter that it manages in every step,
 and keeps a bucket of memory for it. So whatever a draw switches on and off, and the coordinates of
 projected layers, are hidden from it. Their gradients are averaged here, concatenated, at the end of
 the backward pass that ends a step's accumulation.
+
+FSDP2 (`fully_shard`) holds a part of the rows of each weight on each rank. Coordinates are made
+after it, and so it never sees them: they are replicated, and averaged here as well. The step
+updates the rows that a rank holds.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -29,6 +34,190 @@ _LARGE = 2**24
 # Where a gradient begins in the concatenation: 128 bytes at most.
 _ALIGNED = 64
 _BROADCAST_BYTES = 250 * 2**20
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is spread over ranks."""
+    # Where nobody imported the module there is none; importing it takes a while.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    part: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a parameter is spread over ranks by FSDP2: a part of the rows on each.
+
+    Attributes:
+        mesh: The ranks.
+        placements: Its placement on each dimension of the mesh.
+        first: First row on this rank.
+        count: Number of rows on this rank.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    first: int
+    count: int
+
+    @property
+    def group(self) -> Any:
+        """Process group of all ranks over which gradients are averaged."""
+        if self.mesh.ndim == 1:
+            return self.mesh.get_group()
+        if self.mesh.size() == distributed.get_world_size():
+            return distributed.group.WORLD
+        return self.mesh._flatten().get_group()
+
+    @property
+    def shards(self) -> Any:
+        """Process group of the ranks that hold the parts of one whole."""
+        dims = [i for i, place in enumerate(self.placements) if place.is_shard()]
+        return self.mesh.get_group(dims[0] if dims else 0)
+
+    def placed(self, split: int | None) -> tuple[Any, ...]:
+        """Placements of a tensor that is cut along a dimension as the parameter is cut in rows."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        cut = Replicate() if split is None else Shard(split)
+        return tuple(cut if place.is_shard() else place for place in self.placements)
+
+    def wrap(self, part: Tensor, shape: tuple[int, ...], split: int | None) -> Tensor:
+        """A tensor of which this rank holds a part, the one that `part_of` takes."""
+        from torch.distributed.tensor import DTensor
+
+        stride = tuple(torch.empty(shape, device="meta").stride())
+        return DTensor.from_local(
+            part,
+            self.mesh,
+            self.placed(split),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
+        )
+
+    def part_of(self, whole: Tensor, split: int | None) -> Tensor:
+        """This rank's part of a whole tensor (a view)."""
+        return whole if split is None else whole.narrow(split, self.first, self.count)
+
+    def zeros(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, split: int | None
+    ) -> Tensor:
+        """Zeros of which this rank holds a part."""
+        size = list(shape)
+        if split is not None:
+            size[split] = self.count
+        return self.wrap(torch.zeros(size, dtype=dtype, device=device), shape, split)
+
+    def adopt(self, value: Tensor, device: torch.device, split: int | None) -> Tensor:
+        """A copy of a whole tensor, or of one spread in any way, spread as `zeros` would be."""
+        if is_dtensor(value):
+            same = value.device_mesh == self.mesh and value.placements == self.placed(split)  # type: ignore[attr-defined]
+            if same:
+                part = local(value)
+                return self.wrap(part.to(device, copy=True), tuple(value.shape), split)
+            value = whole(value)
+        part = self.part_of(value.detach(), split).to(device, copy=True)
+        return self.wrap(part.contiguous(), tuple(value.shape), split)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is spread."""
+    gathered: Tensor = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def spread_of(name: str, param: nn.Parameter) -> Spread | None:
+    """How a parameter is spread, or None if this rank holds all of it.
+
+    Raises:
+        ValueError: Not by rows over data-parallel ranks: tensor parallelism.
+    """
+    if not is_dtensor(param):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    kinds = [type(place) for place in placements]
+    rows = all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements)
+    if not rows or kinds.count(Shard) > 1:
+        raise ValueError(
+            f"model: {name} is spread over ranks as {placements}; OwLore trains models that "
+            "fully_shard (FSDP2) spreads by rows, without tensor parallelism"
+        )
+    shape, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    # A rank without rows may get an offset beyond the end.
+    first = min(offset[0], param.shape[0]) if shape else 0
+    return Spread(mesh, tuple(placements), first, shape[0] if shape else 1)
+
+
+def refuse_flat_shards(model: nn.Module) -> None:
+    """Raises ValueError for wrappers that hand an optimizer flat, one-dimensional shards."""
+    for module in (model, *model.modules()):
+        kind = type(module)
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "model: FullyShardedDataParallel (FSDP1) flattens weights, which OwLore needs as "
+                "matrices; use FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+        if kind.__module__.split(".")[0] == "deepspeed":
+            raise ValueError(_NO_ZERO)
+    if any(hasattr(param, "ds_id") for param in model.parameters()):
+        raise ValueError(_NO_ZERO)
+
+
+_NO_ZERO = (
+    "model: DeepSpeed ZeRO flattens weights, which OwLore needs as matrices; use FSDP2 "
+    "(torch.distributed.fsdp.fully_shard; in accelerate fsdp_version: 2)"
+)
+
+
+def refuse_flat_groups() -> None:
+    """Raises RuntimeError: something replaced the optimizer's parameters."""
+    raise RuntimeError(
+        "owlore: the parameters in param_groups were replaced, as DeepSpeed ZeRO does, which "
+        "flattens them; OwLore needs matrices: use FSDP2 (torch.distributed.fsdp.fully_shard; in "
+        "accelerate fsdp_version: 2)"
+    )
+
+
+def _fsdp_groups(model: nn.Module) -> list[Any]:
+    """FSDP2's parameter groups in a model."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return []
+    found = []
+    for child in model.modules():
+        if isinstance(child, module.FSDPModule):
+            state = child._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:
+                groups = [state._fsdp_param_group]
+            found += [group for group in groups if group is not None]
+    return found
+
+
+class Flags:
+    """Sets requires_grad, of what FSDP2 has gathered in a parameter's place too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # With FSDP2's records rather than what it gathered: that comes and goes.
+        params = [param for group in _fsdp_groups(model) for param in group.fsdp_params]
+        self._records = {id(param.sharded_param): param for param in params}
+
+    def set(self, param: Tensor, flag: bool) -> None:
+        """param.requires_grad_(flag)."""
+        param.requires_grad_(flag)
+        record = self._records.get(id(param))
+        gathered = getattr(record, "_unsharded_param", None)
+        if gathered is not None:
+            gathered.requires_grad_(flag)
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -121,6 +310,8 @@ class Exchange:
         self._handle: Any = None
         self._queued = False
         self._syncs = True
+        self._fsdp: list[Any] = []
+        self._ordered = False
         # Whether gradients of this step are still each rank's own.
         self.owes = False
         self.group: Any = None
@@ -160,6 +351,31 @@ class Exchange:
         self._values = None
         self._listen()
 
+    def sharded_as(self, spread: Spread, model: nn.Module) -> None:
+        """Works beside FSDP2 from now on.
+
+        Args:
+            spread: How weights are spread.
+            model: The model.
+        """
+        self._fsdp = _fsdp_groups(model)
+        self._values = None
+        self.group = spread.group
+        self.size = distributed.get_world_size(self.group)
+        if self.active:
+            self._listen()
+
+    def check_order(self, model: nn.Module) -> None:
+        """Raises RuntimeError where fully_shard came after the optimizer."""
+        if self._ordered or self._fsdp:
+            return
+        self._ordered = True
+        if _fsdp_groups(model):
+            raise RuntimeError(
+                "owlore: fully_shard was applied to a model that OwLore trains; call fully_shard "
+                "first and build OwLore from the sharded model"
+            )
+
     def _listen(self) -> None:
         owner = self._owner()
         if self._handle is None and owner is not None:
@@ -189,6 +405,8 @@ class Exchange:
     def _end_of_backward(self) -> None:
         self._queued = False
         self.owes = True
+        if self._fsdp:
+            self._syncs = all(g.reduce_grads and g.all_reduce_grads for g in self._fsdp)
         if self._syncs:
             self.settle()
 
@@ -203,7 +421,7 @@ class Exchange:
             if param.grad is None:
                 # Unused in this rank's batch, perhaps not in the others'.
                 param.grad = torch.zeros_like(param, memory_format=torch.contiguous_format)
-            grad = param.grad
+            grad = local(param.grad)
             shared.setdefault((grad.device, grad.dtype), []).append(grad)
         for grads in shared.values():
             small = []
@@ -230,7 +448,7 @@ class Exchange:
         torch._foreach_copy_(grads, views)
 
     def average_(self, tensor: Tensor) -> None:
-        """Replaces a tensor by its average over the ranks."""
+        """Replaces a whole tensor by its average over the ranks."""
         if distributed.get_backend(self.group) == "nccl":
             distributed.all_reduce(tensor, distributed.ReduceOp.AVG, group=self.group)
         else:
@@ -297,6 +515,15 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(output, entry.name))
 
 
+def sum_together_(tensors: list[Tensor], group: Any) -> None:
+    """Replaces tensors of one dtype and device by their sums over ranks, in one call."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(together, group=group)
+    sums = together.split([tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, sums, strict=True):
+        tensor.copy_(total.view(tensor.shape))
+
+
 def _digest(tensor: Tensor) -> int:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8)
+    data = local(tensor).detach().cpu().contiguous().view(torch.uint8)
     return zlib.crc32(data.numpy().tobytes())

@@ -25,12 +25,13 @@ _ADAM_TENSORS = (
     "Tensor[] steps, Tensor lr, Tensor(d!) nonfinite, Tensor rng_step"
 )
 _ADAM_SCALARS = "float beta1, float beta2, float eps, float weight_decay, "
+_PLACES = "int[] first_rows=[], int[] first_columns=[]"
 _SCHEMAS = {
     "lowrank_adam_": f"({_ADAM_TENSORS.format(bases='Tensor[] bases, ')}, *, str[] sides, "
     f"{_ADAM_SCALARS}float scale, bool stochastic, int seed, int[] streams, "
-    "bool projected=False) -> ()",
+    f"bool projected=False, {_PLACES}) -> ()",
     "adamw_": f"({_ADAM_TENSORS.format(bases='')}, *, "
-    f"{_ADAM_SCALARS}bool stochastic, int seed, int[] streams) -> ()",
+    f"{_ADAM_SCALARS}bool stochastic, int seed, int[] streams, {_PLACES}) -> ()",
     "column_sq_norm_": "(Tensor(a!) acc, Tensor x, Tensor? mask=None) -> ()",
     "outlier_counts": "(Tensor[] weights, Tensor[] norms, float[] thresholds) -> (Tensor, Tensor)",
 }
@@ -219,6 +220,8 @@ def lowrank_adam_(
     seed: int,
     streams: Sequence[int],
     projected: bool = False,
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> None:
     """AdamW inside a low-rank subspace; see `owlore.reference.lowrank_adam_`.
 
@@ -255,6 +258,8 @@ def lowrank_adam_(
         seed=seed,
         streams=streams,
         projected=projected,
+        first_rows=first_rows,
+        first_columns=first_columns,
     )
 
 
@@ -275,6 +280,8 @@ def adamw_(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> None:
     """AdamW on whole parameters; see `owlore.reference.adamw_`.
 
@@ -303,6 +310,8 @@ def adamw_(
         stochastic=stochastic,
         seed=seed,
         streams=streams,
+        first_rows=first_rows,
+        first_columns=first_columns,
     )
 
 
@@ -404,6 +413,8 @@ def prepare_lowrank_adam(
     seed: int,
     streams: Sequence[int],
     projected: bool = False,
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> _Step:
     """`lowrank_adam_` on the same tensors step after step.
 
@@ -423,6 +434,8 @@ def prepare_lowrank_adam(
         "seed": seed,
         "streams": list(streams),
         "projected": projected,
+        "first_rows": list(first_rows),
+        "first_columns": list(first_columns),
     }
     kept = [list(params), *(list(values) for values in lists.values())]
     return _Step("lowrank_adam_", kept, (lr, nonfinite, rng_step), shapes, options)
@@ -440,6 +453,8 @@ def prepare_adamw(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> _Step:
     """`adamw_` on the same tensors step after step.
 
@@ -455,7 +470,13 @@ def prepare_adamw(
     shapes = [tuple(W.shape) for W in params]
     _check_shapes("exp_avgs", exp_avgs, shapes)
     _check_shapes("exp_avg_sqs", exp_avg_sqs, shapes)
-    options = {"stochastic": stochastic, "seed": seed, "streams": list(streams)}
+    options = {
+        "stochastic": stochastic,
+        "seed": seed,
+        "streams": list(streams),
+        "first_rows": list(first_rows),
+        "first_columns": list(first_columns),
+    }
     kept = [list(params), *(list(values) for values in lists.values())]
     return _Step("adamw_", kept, (lr, nonfinite, rng_step), shapes, options)
 

@@ -53,6 +53,7 @@ class _Member:
         "rank",
         "side",
         "sketch",
+        "spread",
         "stream",
     )
 
@@ -67,11 +68,47 @@ class _Member:
         self.always = entry.block is None
         self.stream = zlib.crc32(entry.name.encode())
         self.group: dict[str, Any] = {}
+        # How FSDP2 spreads the weight.
+        self.spread = distributed.spread_of(entry.name, entry.param)
+
+    @property
+    def split(self) -> int | None:
+        """Dimension of the weight as [out, in] that is cut into parts: 0, 1 or None."""
+        if self.spread is None:
+            return None
+        return 1 if self.entry.transposed else 0
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the cut goes through the projected side: each rank has some rows of P only."""
+        return self.split is not None and (self.side == "left") == (self.split == 0)
+
+    def cut(self, key: str) -> int | None:
+        """Dimension along which a tensor of its state is cut, or None for whole ones."""
+        if self.split is None or key == "basis":
+            return None
+        if self.side is None:
+            return 0
+        return None if self.crosses else self.split
+
+    def place(self) -> tuple[int, int]:
+        """Row and column of the whole weight with which this rank's part begins."""
+        if self.spread is None:
+            return 0, 0
+        shape, first = self.entry.param.shape, self.spread.first
+        if self.split == 1 or len(shape) < 2:
+            return 0, first
+        return first * math.prod(shape[1:-1]), 0
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor as the parameter is stored, seen as [out, in]."""
+        return self.logical(distributed.local(tensor))
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that is updated, as its module holds it now (FSDP2 replaces it)."""
-        if self.projection is None or self.entry.module is None:
+        """The parameter that is updated, as its module holds it now."""
+        if self.projection is None or self.entry.module is None or self.spread is not None:
+            # FSDP2's own parameter, even while what it gathered stands in its place.
             return self.entry.param
         return cast(Tensor, self.entry.module.weight)
 
@@ -106,9 +143,9 @@ class _Member:
         columns = 0
         if config.refresh == "sketch" or self.always:
             columns = min(config.sketch_columns * self.rank, *self.entry.shape)
-        dtype = _gradient_dtype(self.entry.param, config, accumulates=False)
+        dtype = _gradient_dtype(self, config, accumulates=False)
         layer = projected.install(
-            module, self.side or "", self.rank, columns, self.entry.shape, dtype
+            module, self.side or "", self.rank, columns, self.entry.shape, dtype, self.spread
         )
         layer.recipe = (config.basis, config.power_iterations, config.oversampling)
         self.projection = layer
@@ -149,6 +186,8 @@ class _Bucket:
         self.slots = slots
         self.decays = members[0].weight.dim() >= 2
         self.projects = members[0].projection is not None
+        # Whether R is the sum of what the ranks' parts of G give.
+        self.sums = members[0].side is not None and members[0].crosses and not self.projects
         # By the indices of the members that have a gradient.
         self.ready: dict[tuple[int, ...], _Ready] = {}
 
@@ -181,6 +220,7 @@ class _DrawHook:
         if module.training and torch.is_grad_enabled():
             optimizer._abandon_load()
             optimizer._apply_due_draw()
+            optimizer._exchange.check_order(optimizer._model)
             optimizer._exchange.before_forward()
             optimizer._set_modes()
 
@@ -226,6 +266,7 @@ class OwLore(Optimizer):
         if config is not None and not isinstance(config, OwLoreConfig):
             raise TypeError(f"config: expected an OwLoreConfig, got {type(config).__name__}")
         given = OwLoreConfig.from_dict(options) if config is None else config.replace(**options)
+        distributed.refuse_flat_shards(model)
         layout = blocks.find_layout(model, given.blocks_path)
         n = len(layout.blocks)
         self.config = given
@@ -254,14 +295,15 @@ class OwLore(Optimizer):
                 )
                 hook.optimizer.detach()
             layout.owner._forward_pre_hooks.pop(key, None)
+        self._flags = distributed.Flags(self._model)
         for param, flag in ((e.param, before[e.name]) for e in layout.entries):
-            param.requires_grad_(flag)
+            self._flags.set(param, flag)
         # Layers of a copy, whose optimizer did not come along.
         projected.restore_all(model)
         for member in members:
             member.install(given)
             if member.projection is not None:
-                member.weight.requires_grad_(False)
+                self._flags.set(member.weight, False)
         self._sealed = False
         super().__init__(_param_groups(members, given), {"lr": given.lr})
         self._sealed = True
@@ -295,6 +337,7 @@ class OwLore(Optimizer):
         self._reported_skips = 0
         self._detached = False
         self._before_load: _Before | None = None
+        self._first = self.param_groups[0]["params"][0]
         self._share(model)
         own_hook = _DrawHook(self, layout.owner, before)
         self._hook = layout.owner.register_forward_pre_hook(own_hook)
@@ -307,8 +350,18 @@ class OwLore(Optimizer):
         """Gets ready for training on several ranks."""
         toggled = [m for m in self._members if not m.always or m.projection is not None]
         hidden = [param for member in toggled for param in member.takers]
+        coordinates = [param for m in toggled if m.projection is not None for param in m.takers]
         values = [m.param for m in toggled if m.projection is None] + self._frozen
         self._exchange = distributed.Exchange(self._layout.owner, hidden, values)
+        spread = next((m.spread for m in self._members if m.spread is not None), None)
+        if spread is not None:
+            # FSDP2 has seen every parameter; it averages norms and dense weights itself.
+            for param in self._frozen:
+                self._flags.set(param, False)
+            self._exchange = distributed.Exchange(self._layout.owner, coordinates, [])
+            self._exchange.sharded_as(spread, self._model)
+            self._show = lambda: None
+            return
         ddp = distributed.find_ddp(model)
         self._show = distributed.hide_from_ddp(self._model, ddp, [*hidden, *self._frozen])
         if ddp is not None:
@@ -441,15 +494,15 @@ class OwLore(Optimizer):
 
     def _apply_flags(self) -> None:
         for param in self._frozen:
-            param.requires_grad_(False)
+            self._flags.set(param, False)
             param.grad = None
         for member in self._members:
             active = self._is_active(member)
             if member.projection is not None:
                 # For good: wrappers replace parameters, and new ones start as trainable.
-                member.weight.requires_grad_(False)
+                self._flags.set(member.weight, False)
             else:
-                member.param.requires_grad_(active)
+                self._flags.set(member.param, active)
             if not active:
                 member.param.grad = None
                 if member.sketch is not None:
@@ -504,9 +557,10 @@ class OwLore(Optimizer):
             if not self._is_active(member):
                 layer.mode = projected.OFF
             elif state.get("basis_age", -1) >= 0:
-                layer.mode, layer.basis = projected.BASIS, state["basis"]
+                layer.mode, layer.basis = projected.BASIS, distributed.local(state["basis"])
             else:
-                layer.basis = state.get("basis")
+                basis = state.get("basis")
+                layer.basis = None if basis is None else distributed.local(basis)
                 seed = projection.matrix_seed(self.config.seed, self._steps, member.entry.name)
                 layer.seed = torch.tensor(seed)
                 layer.mode = projected.EXACT if member.sketch is None else projected.SKETCH
@@ -534,7 +588,7 @@ class OwLore(Optimizer):
         for member in self._members:
             if member.projection is None:
                 continue
-            dtype = _gradient_dtype(member.weight, self.config, self._accumulates)
+            dtype = _gradient_dtype(member, self.config, self._accumulates)
             for param in member.takers:
                 if param.dtype != dtype:
                     grad, param.grad = param.grad, None
@@ -565,7 +619,7 @@ class OwLore(Optimizer):
                 for param in member.takers:
                     param.grad = None
         for param, flag in self._original_flags:
-            param.requires_grad_(flag)
+            self._flags.set(param, flag)
             param.grad = None
         self.state.clear()
         self._buckets = None
@@ -590,6 +644,8 @@ class OwLore(Optimizer):
         """
         if self._detached:
             raise RuntimeError("this OwLore optimizer was detached from its model; build a new one")
+        if self.param_groups[0]["params"][0] is not self._first:
+            distributed.refuse_flat_groups()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -648,7 +704,7 @@ class OwLore(Optimizer):
         if self._before_load is not None:
             return True
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+        return bool(grads) and not any(bool(distributed.local(g).any()) for g in grads)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an exact refresh whose step was skipped starts over."""
@@ -663,8 +719,9 @@ class OwLore(Optimizer):
             if self._is_active(member):
                 weight = member.weight
                 path = "dense" if member.side is None else type(member.projection).__name__
+                sums = member.crosses and member.projection is None
                 decays = weight.dim() >= 2
-                key = (member.group["name"], weight.device, weight.dtype, path, decays)
+                key = (member.group["name"], weight.device, weight.dtype, path, sums, decays)
                 shared.setdefault(key, []).append(member)
         order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
         buckets = []
@@ -692,10 +749,7 @@ class OwLore(Optimizer):
         if ready is None or not self._is_ready(ready):
             ready = bucket.ready[have] = self._prepare(bucket, have)
         inputs = [grad for grad in grads if grad is not None]
-        if bucket.projects:
-            inputs = [grad.contiguous() for grad in inputs]
-        else:
-            inputs = [m.logical(grad) for m, grad in zip(ready.members, inputs, strict=True)]
+        inputs = self._inputs(bucket, ready.members, inputs)
         torch._foreach_add_(ready.steps, 1)
         group = ready.members[0].group
         beta1, beta2 = group["betas"]
@@ -716,12 +770,42 @@ class OwLore(Optimizer):
         ready.flags.zero_()
         return True
 
+    def _inputs(self, bucket: _Bucket, members: list[_Member], grads: list[Tensor]) -> list[Tensor]:
+        """Gradients as the op takes them: G, or R, of this rank's part of each weight."""
+        if not bucket.projects:
+            parts = [m.part(grad) for m, grad in zip(members, grads, strict=True)]
+            return self._summed(members, parts) if bucket.sums else parts
+        whole = [distributed.local(grad) for grad in grads]
+        return [
+            (R if m.spread is None else m.spread.part_of(R, m.cut("exp_avg"))).contiguous()
+            for m, R in zip(members, whole, strict=True)
+        ]
+
+    def _summed(self, members: list[_Member], parts: list[Tensor]) -> list[Tensor]:
+        """R from parts of G: those of the projected side add up."""
+        inputs = []
+        for member, G in zip(members, parts, strict=True):
+            dtype = torch.float64 if G.dtype == torch.float64 else torch.float32
+            P = self._basis_part(member).to(dtype)
+            inputs.append(P.mT @ G.to(dtype) if member.side == "left" else G.to(dtype) @ P)
+        spread = members[0].spread
+        assert spread is not None
+        distributed.sum_together_(inputs, spread.shards)
+        return inputs
+
+    def _basis_part(self, member: _Member) -> Tensor:
+        """The rows of P that belong to this rank's part of the weight."""
+        P = distributed.local(self.state[member.param]["basis"])
+        if member.spread is None or not member.crosses:
+            return P
+        return member.spread.part_of(P, 0)
+
     def _is_ready(self, ready: _Ready) -> bool:
         """Whether weights and states are still where they were, and no basis is due."""
         if ready.members[0].side is not None and any(s["basis_age"] < 0 for s in ready.states):
             return False
         states = [self.state[member.param] for member in ready.members]
-        weights = [member.weight.data_ptr() for member in ready.members]
+        weights = [distributed.local(member.weight).data_ptr() for member in ready.members]
         return all(map(operator.is_, states, ready.states)) and weights == ready.addresses
 
     def _prepare(self, bucket: _Bucket, have: tuple[int, ...]) -> _Ready:
@@ -744,9 +828,13 @@ class OwLore(Optimizer):
         flags = torch.zeros(len(members), dtype=torch.int32, device=device)
         lr = self._device_lr(first.group, device)
         steps = [state["step"] for state in states]
-        params = [member.logical(member.weight.detach()) for member in members]
-        exp_avgs = [state["exp_avg"] for state in states]
-        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        params = [member.part(member.weight.detach()) for member in members]
+        exp_avgs = [distributed.local(state["exp_avg"]) for state in states]
+        exp_avg_sqs = [distributed.local(state["exp_avg_sq"]) for state in states]
+        places: dict[str, list[int]] = {}
+        if any(member.spread is not None for member in members):
+            rows, columns = zip(*(member.place() for member in members), strict=True)
+            places = {"first_rows": list(rows), "first_columns": list(columns)}
         stochastic = self.config.rounding == "stochastic"
         streams = [member.stream for member in members]
         if first.side is None:
@@ -761,11 +849,12 @@ class OwLore(Optimizer):
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
+                **places,
             )
         else:
             step = ops.prepare_lowrank_adam(
                 params,
-                [state["basis"] for state in states],
+                [self._basis_part(member) for member in members],
                 exp_avgs,
                 exp_avg_sqs,
                 steps,
@@ -776,9 +865,10 @@ class OwLore(Optimizer):
                 stochastic=stochastic,
                 seed=self.config.seed,
                 streams=streams,
-                projected=first.projection is not None,
+                projected=first.projection is not None or bucket.sums,
+                **places,
             )
-        addresses = [member.weight.data_ptr() for member in members]
+        addresses = [distributed.local(member.weight).data_ptr() for member in members]
         slots = torch.tensor([bucket.slots[i] for i in have])
         if device.type == "cuda":
             # From pageable memory the copy would wait for the device.
@@ -791,8 +881,8 @@ class OwLore(Optimizer):
         device = member.weight.device
         state: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
-            "exp_avg": torch.zeros(shape, dtype=dtype, device=device),
-            "exp_avg_sq": torch.zeros(shape, dtype=dtype, device=device),
+            "exp_avg": _zeros(member, "exp_avg", shape, dtype),
+            "exp_avg_sq": _zeros(member, "exp_avg_sq", shape, dtype),
         }
         if member.side is not None:
             # Minus one: no basis, or one that is due to be computed anew.
@@ -808,6 +898,12 @@ class OwLore(Optimizer):
 
     def _refresh(self, members: list[_Member]) -> None:
         """Computes the bases of members that are due, from their gradients."""
+        alone = [member for member in members if member.spread is not None]
+        for member in alone:
+            # Gathered one by one: only one whole gradient is in memory at a time.
+            G = member.logical(distributed.whole(_grad(member)))
+            self._adopt([member], *self._refresh_bases([member], [G]))
+        members = [member for member in members if member.spread is None]
         if members:
             grads = [member.logical(_grad(member)) for member in members]
             self._adopt(members, *self._refresh_bases(members, grads))
@@ -824,7 +920,8 @@ class OwLore(Optimizer):
         for alike in shapes.values():
             for start in range(0, len(alike), _SKETCHES):
                 some = alike[start : start + _SKETCHES]
-                self._adopt(some, *self._refresh_bases(some, [_grad(m) for m in some]))
+                sketches = [distributed.local(_grad(m)) for m in some]
+                self._adopt(some, *self._refresh_bases(some, sketches))
                 for member in some:
                     self._grow_older(self.state[member.param])
                     if member.sketch is not None:
@@ -838,7 +935,7 @@ class OwLore(Optimizer):
             matrices,
             [member.rank for member in members],
             [member.side or "" for member in members],
-            [self.state[member.param].get("basis") for member in members],
+            [_local_basis(self.state[member.param]) for member in members],
             [
                 projection.matrix_seed(config.seed, self._steps, member.entry.name)
                 for member in members
@@ -865,18 +962,21 @@ class OwLore(Optimizer):
         config = self.config
         for i, member in enumerate(members):
             state = self.state[member.param]
-            before = state.get("basis")
+            before = _local_basis(state)
             P = new[i].to(member.weight.dtype)
             has_moments = "step" in state
             if before is None and has_moments:
                 # Without a basis the whole matrix is skipped: t must not count this step.
                 state["step"].sub_((~finite[i]).to(state["step"].dtype))
             elif before is not None and has_moments and config.on_refresh == "transport":
-                moved = projection.transport(state["exp_avg"], before, P, member.side or "")
-                state["exp_avg"].copy_(torch.where(finite[i], moved, state["exp_avg"]))
+                M = distributed.local(state["exp_avg"])
+                moved = projection.transport(M, before, P, member.side or "")
+                M.copy_(torch.where(finite[i], moved, M))
             elif before is not None and has_moments and config.on_refresh == "reset":
                 for key in ("exp_avg", "exp_avg_sq", "step"):
-                    state[key].masked_fill_(finite[i], 0)
+                    distributed.local(state[key]).masked_fill_(finite[i], 0)
+            if member.spread is not None:
+                P = member.spread.wrap(P, tuple(P.shape), None)
             state["basis"] = P
             state["basis_age"] = 0
             self._energy[member.entry.name] = energies[i]
@@ -1001,11 +1101,10 @@ class OwLore(Optimizer):
         for member, saved_state in states:
             away = self.config.state == "offload" and not self._is_active(member)
             device = torch.device("cpu") if away else member.weight.device
-            state = {
-                key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+            self.state[member.param] = {
+                key: _adopted(member, key, value, device) if isinstance(value, Tensor) else value
                 for key, value in saved_state.items()
             }
-            self.state[member.param] = state
             if away:
                 self._move_state(member, _to_host)
         if self._before_load is not None:
@@ -1060,7 +1159,7 @@ class OwLore(Optimizer):
         for member, state in states:
             member.param.requires_grad_(True)
             self.state[member.param] = {
-                key: torch.zeros_like(value, device=member.weight.device)
+                key: _zeros(member, key, tuple(value.shape), value.dtype)
                 if isinstance(value, Tensor)
                 else value
                 for key, value in state.items()
@@ -1299,10 +1398,13 @@ def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str
     return groups
 
 
-def _gradient_dtype(weight: Tensor, config: OwLoreConfig, accumulates: bool) -> torch.dtype:
+def _gradient_dtype(member: _Member, config: OwLoreConfig, accumulates: bool) -> torch.dtype:
     """Dtype of R."""
-    if weight.dtype == torch.float64:
+    if member.weight.dtype == torch.float64:
         return torch.float64
+    if member.spread is not None:
+        # A DTensor's dtype cannot change once a step accumulates.
+        return torch.float32
     return torch.bfloat16 if config.moments == "bf16" and not accumulates else torch.float32
 
 
@@ -1424,6 +1526,26 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def _zeros(member: _Member, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros for a tensor of a member's state, spread over ranks if its weight is."""
+    device = member.weight.device
+    if member.spread is None or not shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return member.spread.zeros(shape, dtype, device, member.cut(key))
+
+
+def _adopted(member: _Member, key: str, value: Tensor, device: torch.device) -> Tensor:
+    """A copy of a loaded tensor, spread over ranks if its weight is."""
+    if member.spread is None or not value.shape:
+        return distributed.whole(value).detach().to(device, copy=True)
+    return member.spread.adopt(value, device, member.cut(key))
+
+
+def _local_basis(state: dict[str, Any]) -> Tensor | None:
+    basis = state.get("basis")
+    return None if basis is None else distributed.local(basis)
+
+
 def _grad(member: _Member) -> Tensor:
     grad = member.grad
     assert grad is not None
@@ -1431,11 +1553,14 @@ def _grad(member: _Member) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> int:
+    tensor = distributed.local(tensor)
     return tensor.numel() * tensor.element_size()
 
 
 def _to_host(value: Tensor) -> Tensor:
     """A copy in host memory, pinned where there is a GPU."""
+    if distributed.is_dtensor(value):
+        return value.to("cpu")
     host = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
     return host.copy_(value, non_blocking=True)
 

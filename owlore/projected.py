@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlore import blocks, projection
+from owlore import blocks, distributed, projection
 from owlore.blocks import COORDINATES
 
 _STATE = "_owlore"
@@ -149,6 +149,7 @@ class _LinearFunction(torch.autograd.Function):
             ctx.save_for_backward(x, weight, P, seed)
         ctx.right, ctx.state = right, state
         ctx.shape, ctx.dtype = coordinates.shape, coordinates.dtype
+        ctx.as_gradient = _as_gradient(coordinates)
         ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
         return y
 
@@ -182,7 +183,22 @@ class _LinearFunction(torch.autograd.Function):
                         m, k = tokens.shape[1], ctx.shape[0]
                         P = sketch_matrix(seed, m, k, dY.dtype, dY.device)
                     R = _mm((tokens @ P.to(dY.dtype)).mT, X, ctx.dtype)
+            R = ctx.as_gradient(R)
         return dX, None, dbias, R, None, None, None, None
+
+
+def _as_gradient(coordinates: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes a rank's R the gradient of its coordinates; ranks are averaged over later."""
+    if not distributed.is_dtensor(coordinates):
+        return _itself
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = coordinates.device_mesh, coordinates.placements  # type: ignore[attr-defined]
+    return lambda R: DTensor.from_local(R, mesh, placements, run_check=False)
+
+
+def _itself(R: Tensor) -> Tensor:
+    return R
 
 
 def _exact(state: Projection, dY: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,6 +237,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         ctx.save_for_backward(ids, P, seed)
         ctx.right, ctx.padding_idx = right, padding_idx
         ctx.shape, ctx.dtype, ctx.rows = coordinates.shape, coordinates.dtype, weight.shape[0]
+        ctx.as_gradient = _as_gradient(coordinates)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -233,7 +250,7 @@ class _EmbeddingFunction(torch.autograd.Function):
                 R = _EmbeddingFunction._gradient(ctx, dY)
         else:
             R = _EmbeddingFunction._gradient(ctx, dY)
-        return None, None, R, None, None, None, None
+        return None, None, ctx.as_gradient(R), None, None, None, None
 
     @staticmethod
     def _gradient(ctx: Any, dY: Tensor) -> Tensor:
@@ -423,6 +440,7 @@ def install(
     columns: int,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    spread: distributed.Spread | None = None,
 ) -> Projection:
     """Makes a layer compute R for its coordinates, once its projection says so.
 
@@ -433,6 +451,7 @@ def install(
         columns: Columns k of its sketches; 0 for a layer that never sketches.
         shape: Out and in features [m, n]; entries and features of an embedding.
         dtype: Dtype of R and of sketches.
+        spread: How the weight is spread over ranks; coordinates are replicated there.
 
     Returns:
         The layer's projection, off.
@@ -449,7 +468,10 @@ def install(
     state = Projection(side, rank)
     module.__class__ = kind
     for name, size in shapes.items():
-        module._parameters[name] = nn.Parameter(zeros(size, dtype, device))
+        value = zeros(size, dtype, device)
+        if spread is not None:
+            value = spread.wrap(value, size, None)
+        module._parameters[name] = nn.Parameter(value)
     module.__dict__[_STATE] = state
     return state
 

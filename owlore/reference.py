@@ -58,6 +58,7 @@ def rounding_bits(
     rng_step: Tensor,
     which: int,
     first_row: int = 0,
+    first_column: int = 0,
 ) -> Tensor:
     """16 random bits for each element of a [rows, columns] matrix.
 
@@ -72,18 +73,21 @@ def rounding_bits(
         rng_step: Optimizer step. [], int64.
         which: WEIGHT, EXP_AVG or EXP_AVG_SQ.
         first_row: Row of the whole matrix with which these rows begin.
+        first_column: Column of the whole matrix with which these columns begin.
 
     Returns:
         Values in [0, 2^16). [rows, columns], int32.
     """
     device = rng_step.device
     row = first_row + torch.arange(rows, device=device)[:, None]
-    group = torch.arange((columns + 7) // 8, device=device)[None, :]
+    before = first_column % 8
+    groups = (before + columns + 7) // 8
+    group = first_column // 8 + torch.arange(groups, device=device)[None, :]
     step = (rng_step & 0x3FFFFFFF) | (which << 30)
     words = philox(seed, row, group, step, torch.full_like(step, stream))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack([h.expand(rows, group.shape[1]) for h in halves], dim=-1)  # [rows, n/8, 8]
-    return bits.reshape(rows, 8 * group.shape[1])[:, :columns].to(torch.int32)
+    bits = torch.stack([h.expand(rows, groups) for h in halves], dim=-1)  # [rows, n/8, 8]
+    return bits.reshape(rows, 8 * groups)[:, before : before + columns].to(torch.int32)
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
@@ -111,12 +115,14 @@ def _store_(
     rng_step: Tensor,
     which: int,
     first_row: int = 0,
+    first_column: int = 0,
 ) -> None:
     """Writes value where keep is true, converted to the target's dtype."""
     if stochastic and target.dtype == torch.bfloat16:
         columns = target.shape[-1] if target.dim() else 1
         rows = target.numel() // columns if columns else 0
-        bits = rounding_bits(rows, columns, seed, stream, rng_step, which, first_row)
+        place = (first_row, first_column)
+        bits = rounding_bits(rows, columns, seed, stream, rng_step, which, *place)
         value = stochastic_round(value.float(), bits.view(target.shape))
     target.copy_(torch.where(keep, value.to(target.dtype), target))
 
@@ -159,6 +165,8 @@ def lowrank_adam_(
     seed: int,
     streams: Sequence[int],
     projected: bool = False,
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> None:
     """AdamW inside a low-rank subspace of each gradient (GaLore, arXiv 2403.03507, algorithm 2).
 
@@ -190,6 +198,9 @@ def lowrank_adam_(
         seed: 64-bit key of the random bits.
         streams: 32-bit hash of each parameter's name.
         projected: The gradient comes in the basis already.
+        first_rows: Row of the whole matrix with which each weight begins, if weights are shards;
+            none for all zeros. Only the random bits depend on it.
+        first_columns: The same for columns.
     """
     for i, W in enumerate(params):
         left = sides[i] == "left"
@@ -204,10 +215,17 @@ def lowrank_adam_(
         # NOTE: GaLore's AdamW decays after the update; this is torch.optim.AdamW's order.
         new = W.to(dtype) * (1 - lr * weight_decay) - (lr * scale) * update
         key = (seed, streams[i], rng_step)
-        _store_(W, new, keep, stochastic, *key, WEIGHT)
-        _store_(exp_avgs[i], M, keep, True, *key, EXP_AVG)
-        _store_(exp_avg_sqs[i], V, keep, True, *key, EXP_AVG_SQ)
+        row, column = _place(first_rows, i), _place(first_columns, i)
+        # Along the projected side the moments have r lines of their own, on every rank the same.
+        moments_row, moments_column = (0, column) if left else (row, 0)
+        _store_(W, new, keep, stochastic, *key, WEIGHT, row, column)
+        _store_(exp_avgs[i], M, keep, True, *key, EXP_AVG, moments_row, moments_column)
+        _store_(exp_avg_sqs[i], V, keep, True, *key, EXP_AVG_SQ, moments_row, moments_column)
         nonfinite[i].copy_(torch.maximum(nonfinite[i], (~keep.all()).to(nonfinite.dtype)))
+
+
+def _place(firsts: Sequence[int], i: int) -> int:
+    return firsts[i] if firsts else 0
 
 
 def adamw_(
@@ -227,6 +245,8 @@ def adamw_(
     stochastic: bool,
     seed: int,
     streams: Sequence[int],
+    first_rows: Sequence[int] = (),
+    first_columns: Sequence[int] = (),
 ) -> None:
     """AdamW (arXiv 1711.05101) on whole parameters, in `torch.optim.AdamW`'s order.
 
@@ -249,11 +269,15 @@ def adamw_(
         stochastic: Round bfloat16 weights stochastically (moments in bfloat16 always are).
         seed: 64-bit key of the random bits.
         streams: 32-bit hash of each parameter's name.
+        first_rows: Row of the whole parameter with which each weight begins, as in `lowrank_adam_`;
+            rows are lines along the last dimension.
+        first_columns: The same for columns.
     """
     for i, whole in enumerate(params):
         dtype = _compute_dtype(whole)
         skipped = nonfinite[i]
-        for first_row, piece in _pieces(whole):
+        row, column = _place(first_rows, i), _place(first_columns, i)
+        for first, piece in _pieces(whole):
             W, G = whole[piece], grads[i][piece].to(dtype)
             exp_avg, exp_avg_sq = exp_avgs[i][piece], exp_avg_sqs[i][piece]
             keep = torch.isfinite(G * G)
@@ -261,9 +285,9 @@ def adamw_(
             M, V, N = _adam(G, *moments, steps[i], beta1, beta2, eps)
             new = W.to(dtype) * (1 - lr * weight_decay) - lr * N
             key = (seed, streams[i], rng_step)
-            _store_(W, new, keep, stochastic, *key, WEIGHT, first_row)
-            _store_(exp_avg, M, keep, True, *key, EXP_AVG, first_row)
-            _store_(exp_avg_sq, V, keep, True, *key, EXP_AVG_SQ, first_row)
+            _store_(W, new, keep, stochastic, *key, WEIGHT, row + first, column)
+            _store_(exp_avg, M, keep, True, *key, EXP_AVG, row + first, column)
+            _store_(exp_avg_sq, V, keep, True, *key, EXP_AVG_SQ, row + first, column)
             skipped.copy_(torch.maximum(skipped, (~keep.all()).to(skipped.dtype)))
 
 

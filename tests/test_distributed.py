@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ranks
+import tiny_models
 import torch
 from test_optimizer import SCORES
 from tolerances import TRAINING_FLOAT64
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-from owlore import OwLore
+from owlore import OwLore, prepare_load
 
 OPTIONS: dict[str, Any] = {
     "blocks": 2,
@@ -58,6 +68,7 @@ def train(
     rank: int | None,
     accumulation: int = 1,
     clip: float | None = None,
+    quiet: bool = False,
 ) -> list[float]:
     """Trains on this rank's rows, or on all of them; returns the norms that clipping saw."""
     norms = []
@@ -68,6 +79,8 @@ def train(
                 ids = ids[2 * rank : 2 * rank + 2]
             last = micro == accumulation - 1
             waits = isinstance(model, DistributedDataParallel) and not last
+            if quiet and hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(last)
             with model.no_sync() if waits else contextlib.nullcontext():
                 (model(input_ids=ids, labels=ids).loss / accumulation).backward()
         if clip is not None:
@@ -85,7 +98,10 @@ def checkpointing(model: nn.Module, reentrant: bool | None) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projected": ({}, {}),
-    "projected, accumulation, clipping": ({"state": "keep"}, {"accumulation": 2, "clip": 0.3}),
+    "projected, accumulation, clipping": (
+        {"state": "keep"},
+        {"accumulation": 2, "clip": 0.3, "quiet": True},
+    ),
     "exact, accumulation": ({"refresh": "exact"}, {"accumulation": 2}),
     "checkpointing": ({"state": "offload"}, {"reentrant": False, "clip": 0.3}),
     "reentrant checkpointing": ({}, {"reentrant": True}),
@@ -93,7 +109,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frozen embedding and head": ({"embeddings": "freeze", "head": "freeze"}, {"clip": 0.3}),
     "left side, all blocks": ({"side": "left", "blocks": "all"}, {"accumulation": 2}),
     "dense": ({"gradient": "dense"}, {"clip": 0.3}),
-    "dense, accumulation": ({"gradient": "dense", "state": "keep"}, {"accumulation": 2}),
+    "dense, accumulation": (
+        {"gradient": "dense", "state": "keep"},
+        {"accumulation": 2, "quiet": True},
+    ),
+    "dense, left side": ({"gradient": "dense", "side": "left", "on_refresh": "reset"}, {}),
     "full rank": ({"rank": None}, {"reentrant": False}),
 }
 
@@ -123,12 +143,8 @@ def run_ddp(cases: list[str], built: str) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("built", ["before", "after"])
-@pytest.mark.parametrize("part", [slice(0, 6), slice(6, None)])
-def test_two_ranks_equal_one_process(built, part, monkeypatch):
-    monkeypatch.setenv("OWLORE_DEBUG", "1")
-    cases = list(CASES)[part]
-    found = ranks.run(run_ddp, cases, built)
+def compare_with_one_process(cases: list[str], found: list[list[dict[str, Any]]]) -> None:
+    """Every rank's results equal those of one process on all rows."""
     for i, case in enumerate(cases):
         options, how = CASES[case]
         model = llama()
@@ -154,3 +170,501 @@ def test_two_ranks_equal_one_process(built, part, monkeypatch):
         first, second = (results[i]["weights"] for results in found)
         for name, weight in first.items():
             assert torch.equal(weight, second[name]), (case, name)
+
+
+@pytest.mark.parametrize("built", ["before", "after"])
+@pytest.mark.parametrize("part", [slice(0, 4), slice(4, 8), slice(8, None)])
+def test_two_ranks_equal_one_process(built, part, monkeypatch):
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    cases = list(CASES)[part]
+    compare_with_one_process(cases, ranks.run(run_ddp, cases, built))
+
+
+def count_collectives() -> list[tuple[str, int]]:
+    """Names and bytes of the collective calls from now on."""
+    calls: list[tuple[str, int]] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        call = getattr(torch.distributed, name)
+
+        def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((name, tensor.nbytes))
+            return call(tensor, *args, **kwargs)
+
+        return count
+
+    for name in ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, counted(name))
+    return calls
+
+
+def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
+    """What goes over the wire in a step that sketches, and in one that steps."""
+    calls = count_collectives()
+    rank = torch.distributed.get_rank()
+    model = llama().float()
+    buckets: list[int] = []
+    if sharded:
+        shard(model)
+        optimizer = OwLore(model, **OPTIONS | options)
+    else:
+        optimizer = OwLore(model, **OPTIONS | options)
+        model = DistributedDataParallel(model)
+
+        # DDP wants its own annotations, or none.
+        def hook(state, bucket):  # type: ignore[no-untyped-def]
+            buckets.append(bucket.buffer().nbytes)
+            done: Any = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        model.register_comm_hook(None, hook)
+    steps = []
+    for step in range(2):
+        start, bucket_start = len(calls), len(buckets)
+        train(model, optimizer, range(step, step + 1), rank)
+        sums = [size for name, size in calls[start:] if name == "all_reduce"]
+        steps.append((sums, sum(buckets[bucket_start:])))
+    members = [m for m in optimizer._members if optimizer._is_active(m)]
+    projected = [m for m in members if m.projection is not None]
+    small = 4 * sum(m.param.numel() for m in members if m.entry.role == "block_norms")
+    return {
+        "steps": steps,
+        "R": 4 * sum(m.param.numel() for m in projected) + (0 if sharded else small),
+        "Y": 4 * sum(m.sketch.numel() for m in projected) + (0 if sharded else small),
+        "G": 4 * sum(m.weight.numel() for m in members if m.entry.role == "blocks") + small,
+        "always": 4 * sum(m.weight.numel() for m in members if m.always),
+    }
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_low_rank_gradients_cross_in_one_call(sharded):
+    for counts in ranks.run(run_bytes, {}, sharded):
+        for (sums, buckets), key in zip(counts["steps"], ("Y", "R"), strict=True):
+            assert len(sums) == 1
+            # Each piece begins at a multiple of 256 bytes.
+            assert counts[key] <= sums[0] <= counts[key] + 256 * 30
+            assert sums[0] < counts["G"]
+            # DDP keeps to what always trains.
+            assert buckets == (0 if sharded else counts["always"])
+
+
+def test_ddp_holds_no_bucket_for_dense_blocks():
+    for counts in ranks.run(run_bytes, {"gradient": "dense"}, False):
+        for sums, buckets in counts["steps"]:
+            assert counts["G"] <= sum(sums) <= counts["G"] + 256 * 30
+            assert buckets == counts["always"]
+
+
+# FSDP2.
+
+
+def shard(model: nn.Module, mesh: Any = None, policy: Any = None) -> nn.Module:
+    """fully_shard per block and at the root."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights, gathered."""
+    state = model.state_dict()
+    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in state.items()}
+
+
+def run_fsdp(cases: list[str]) -> list[dict[str, Any]]:
+    rank = torch.distributed.get_rank()
+    results = []
+    for case in cases:
+        options, how = CASES[case]
+        model = llama()
+        checkpointing(model, how.get("reentrant"))
+        shard(model)
+        optimizer = OwLore(model, **OPTIONS | options)
+        loop = {key: value for key, value in how.items() if key != "reentrant"}
+        norms = train(model, optimizer, range(STEPS), rank, **loop)
+        results.append({"norms": norms, "draws": optimizer.draws(), "weights": weights_of(model)})
+    return results
+
+
+@pytest.mark.parametrize("part", [slice(0, 4), slice(4, 8), slice(8, None)])
+def test_two_shards_equal_one_process(part, monkeypatch):
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    cases = list(CASES)[part]
+    compare_with_one_process(cases, ranks.run(run_fsdp, cases))
+
+
+# Checkpoints on another number of ranks.
+
+
+def states(model: nn.Module, optimizer: OwLore) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
+
+
+def load(folder: str, model: nn.Module, optimizer: OwLore) -> None:
+    prepare_load(optimizer, folder)
+    state = states(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optim"])
+
+
+def resumable(
+    folder: str,
+    options: dict[str, Any],
+    strategy: str,
+    saves: list[int],
+    begin: int | None = None,
+    end: int = STEPS,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A run that saves before some steps, or goes on from one; weights and state at its end."""
+    rank = None if strategy == "one" else torch.distributed.get_rank()
+    model = llama()
+    if options.get("moments") == "bf16":
+        model = model.bfloat16()
+    if begin is not None:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(1.0)
+    if strategy == "fsdp2":
+        shard(model)
+    optimizer = OwLore(model, **OPTIONS | options)
+    wrapped = DistributedDataParallel(model) if strategy == "ddp" else model
+    if begin is not None:
+        load(f"{folder}/{begin}", model, optimizer)
+    for step in range(begin or 0, end):
+        if step in saves:
+            dcp.save(states(model, optimizer), checkpoint_id=f"{folder}/{step}")
+        train(wrapped, optimizer, range(step, step + 1), rank)
+    whole = StateDictOptions(full_state_dict=True)
+    return weights_of(model), get_optimizer_state_dict(model, optimizer, options=whole)["state"]
+
+
+RESUMES: list[tuple[str, dict[str, Any]]] = [
+    ("fsdp2", {}),
+    ("fsdp2", {"state": "keep", "moments": "bf16"}),
+    ("fsdp2", {"gradient": "dense", "state": "offload"}),
+    ("ddp", {"state": "keep"}),
+]
+
+
+@pytest.mark.parametrize("strategy, options", RESUMES, ids=str)
+def test_a_checkpoint_continues_on_as_many_ranks_and_on_others(tmp_path, strategy, options):
+    # After a sketch, and in the middle of the second interval.
+    begins = [1, 6]
+    folders = {name: str(tmp_path / name) for name in ("many", "one")}
+    run = functools.partial(ranks.run, resumable)
+    many = run(folders["many"], options, strategy, begins)
+    one = resumable(folders["one"], options, "one", begins)
+    for begin in begins:
+        for rank, again in enumerate(run(folders["many"], options, strategy, [], begin)):
+            assert_equal(again, many[rank], f"from {begin} on rank {rank}")
+    begin = begins[1]
+    # What one rank loads is what the others load, to the bit.
+    for name, strategies in (("many", ("one", strategy)), ("one", ("one", strategy))):
+        loaded = [
+            resumable(folders[name], options, how, [], begin, begin)
+            if how == "one"
+            else run(folders[name], options, how, [], begin, begin)[1]
+            for how in strategies
+        ]
+        assert_equal(loaded[1], loaded[0], f"loaded from {name}")
+    if options.get("moments") != "bf16":
+        # In bfloat16 a sum in another order is another run after a dozen steps.
+        fewer = resumable(folders["many"], options, "one", [], begin)
+        more = run(folders["one"], options, strategy, [], begin)[0]
+        for results in (fewer, more):
+            assert results[1].keys() == one[1].keys()
+            for key, want in one[0].items():
+                torch.testing.assert_close(results[0][key], want, **TRAINING_FLOAT64)
+
+
+def assert_equal(found: Any, want: Any, where: str) -> None:
+    if isinstance(want, Tensor):
+        assert torch.equal(found, want), where
+    elif isinstance(want, tuple):
+        for i, value in enumerate(want):
+            assert_equal(found[i], value, f"{where}: {i}")
+    elif isinstance(want, dict):
+        assert found.keys() == want.keys(), where
+        for key, value in want.items():
+            assert_equal(found[key], value, f"{where}: {key}")
+    else:
+        assert found == want, where
+
+
+# More of FSDP2.
+
+
+def run_mixed(options: dict[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    rank = torch.distributed.get_rank()
+    model = llama().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    optimizer = OwLore(shard(model, policy=policy), **OPTIONS | options)
+    losses = []
+    for _ in range(STEPS):
+        # The same rows at each step, so that they are learnt.
+        ids = rows(0, 0)[2 * rank : 2 * rank + 2]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return weights_of(model), losses
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "dense"}], ids=str)
+def test_mixed_precision_trains_float32_weights(options):
+    found = ranks.run(run_mixed, options)
+    assert_equal(found[1][0], found[0][0], "weights")
+    for _, losses in found:
+        assert losses[-1] < losses[0] - 0.5
+    start = llama().float().state_dict()
+    trained = [n for n, w in found[0][0].items() if not torch.equal(w, start[n])]
+    assert len(trained) > 0.7 * len(start)
+
+
+def mesh(shape: tuple[int, ...]) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def run_hybrid(shape: tuple[int, int], options: dict[str, Any]) -> dict[str, Tensor]:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = shard(llama(), mesh(shape))
+    optimizer = OwLore(model, **OPTIONS | options)
+    for step in range(6):
+        ids = rows(step, 0, size)[2 * rank : 2 * rank + 2]
+        model(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "dense"}], ids=str)
+@pytest.mark.parametrize("shape, size", [((2, 2), 4), ((1, 2), 2), ((2, 1), 2)])
+def test_hybrid_shards_equal_one_process(shape, size, options, monkeypatch):
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    found = ranks.run(run_hybrid, shape, options, ranks=size)
+    model = llama()
+    optimizer = OwLore(model, **OPTIONS | options)
+    for step in range(6):
+        ids = rows(step, 0, size)
+        model(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    for weights in found:
+        for name, want in model.state_dict().items():
+            torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+
+
+def same_gradients(model: nn.Module, optimizer: OwLore, step: int) -> None:
+    """Fills gradients with numbers that do not depend on the ranks."""
+    for member in optimizer._members:
+        if not optimizer._is_active(member):
+            continue
+        taker = member.sketch if member.sketches else member.param
+        generator = torch.Generator().manual_seed(member.stream + step)
+        # Shards take R in float32.
+        value = torch.randn(taker.shape, generator=generator).bfloat16().to(taker.dtype)
+        if member.spread is not None:
+            split = None if member.projection is not None else 0
+            value = member.spread.adopt(value, value.device, split)
+        taker.grad = value
+
+
+def run_bits(sharded: bool, options: dict[str, Any], conv: bool) -> dict[str, Tensor]:
+    if conv:
+        model = tiny_models.build("gpt2", n_embd=20, n_inner=28).bfloat16()
+        blocks = model.transformer.h
+    else:
+        model = tiny_models.build("llama", hidden_size=24, intermediate_size=28).bfloat16()
+        blocks = model.model.layers
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = OwLore(model, **OPTIONS | {"scores": None, "distribution": "uniform"} | options)
+    for step in range(3):
+        model(**tiny_models.batch(seed=step))
+        same_gradients(model, optimizer, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("ranks_count", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{"moments": "bf16"}, {"moments": "bf16", "side": "left"}, {"rank": None}],
+    ids=str,
+)
+@pytest.mark.parametrize("conv", [False, True])
+def test_random_bits_do_not_depend_on_the_shards(ranks_count, options, conv):
+    options = options | {"blocks": "all"}
+    want = run_bits(False, options, conv)
+    for found in ranks.run(run_bits, True, options, conv, ranks=ranks_count):
+        assert_equal(found, want, "weights")
+
+
+def run_memory() -> tuple[dict[str, int], int, int]:
+    model = shard(llama().float())
+    optimizer = OwLore(model, **OPTIONS)
+    train(model, optimizer, range(2), torch.distributed.get_rank())
+    before = sum(p.to_local().numel() for n, p in model.named_parameters() if "owlore" not in n)
+    return optimizer.memory(), 4 * before, 4 * sum(p.numel() for p in llama().parameters())
+
+
+def test_each_rank_holds_its_part_alone():
+    plain = llama().float()
+    optimizer = OwLore(plain, **OPTIONS)
+    train(plain, optimizer, range(2), None)
+    alone = optimizer.memory()
+    for account, part, all_of_it in ranks.run(run_memory):
+        assert account["weights"] == part == all_of_it // 2
+        # Moments on the output side's weights are whole on every rank.
+        assert 0.5 * alone["moments"] <= account["moments"] < 0.75 * alone["moments"]
+        assert account["basis"] == alone["basis"]
+
+
+# Faults.
+
+
+def run_wrong_orders() -> list[str]:
+    messages = []
+    rows_ = rows(0, 0)
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    def attempt(build: Callable[[], Any]) -> None:
+        try:
+            build()
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+        else:
+            messages.append("nothing was raised")
+
+    def outer() -> None:
+        model = llama()
+        kept = OwLore(model, **OPTIONS | {"gradient": "dense"})
+        DistributedDataParallel(Outer(model))(input_ids=rows_, labels=rows_)
+        kept.detach()
+
+    def late() -> None:
+        model = llama()
+        kept = OwLore(model, **OPTIONS | {"gradient": "dense"})
+        shard(model)(input_ids=rows_, labels=rows_)
+        kept.detach()
+
+    def nothing_left() -> None:
+        frozen = {"embeddings": "freeze", "head": "freeze", "norms": "freeze"}
+        OwLore(DistributedDataParallel(llama()), **OPTIONS | frozen)
+
+    def tensor_parallel() -> None:
+        from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+        model = llama()
+        parallelize_module(model.model.layers[0].mlp, mesh((2,)), {"down_proj": RowwiseParallel()})
+        OwLore(model, **OPTIONS)
+
+    for build in (outer, late, nothing_left, tensor_parallel):
+        attempt(build)
+    return messages
+
+
+def test_wrong_orders_and_wrappers_say_what_to_do():
+    wants = [
+        "Wrap the very model that OwLore was built from",
+        "call fully_shard first",
+        "one of embeddings, head and norms must be 'full'",
+        "without tensor parallelism",
+    ]
+    for messages in ranks.run(run_wrong_orders):
+        for message, want in zip(messages, wants, strict=True):
+            assert want in message, messages
+
+
+def run_nan(strategy: str, refresh_step: bool) -> tuple[dict[str, Tensor], dict[str, int], bool]:
+    rank = torch.distributed.get_rank()
+    model = llama()
+    if strategy == "fsdp2":
+        shard(model)
+    optimizer = OwLore(model, **OPTIONS | {"embeddings": "freeze"})
+    wrapped = DistributedDataParallel(model) if strategy == "ddp" else model
+    bad = 0 if refresh_step else 2
+    for step in range(STEPS):
+        ids = rows(step, 0)[2 * rank : 2 * rank + 2]
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        (loss * float("nan") if step == bad and rank == 1 else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = weights_of(model)
+    finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+    return weights, optimizer.nonfinite(), finite
+
+
+@pytest.mark.filterwarnings("ignore:owlore. non-finite")
+@pytest.mark.parametrize("refresh_step", [True, False])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_nan_on_one_rank_is_one_decision(strategy, refresh_step, monkeypatch):
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    (first, skipped, finite), (second, _, _) = ranks.run(run_nan, strategy, refresh_step)
+    assert finite
+    assert_equal(second, first, "weights")
+    assert skipped
+
+
+def run_debug() -> str:
+    rank = torch.distributed.get_rank()
+    model = DistributedDataParallel(llama())
+    optimizer = OwLore(model, **OPTIONS)
+    train(model, optimizer, range(1), rank)
+    state = next(state for state in optimizer.state.values() if "basis" in state)
+    if rank == 1:
+        state["basis"][0, 0] += 1e-3
+    try:
+        train(model, optimizer, range(1, 2), rank)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_debug_mode_finds_ranks_that_drifted_apart(monkeypatch):
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    for message in ranks.run(run_debug):
+        assert "has another model.layers" in message
+
+
+def test_flat_groups_are_refused(tiny_llama):
+    optimizer = OwLore(tiny_llama, **OPTIONS)
+    # As DeepSpeed's ZeRO does it.
+    flat = nn.Parameter(torch.zeros(100))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO .* FSDP2"):
+        optimizer.step()
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    engine.module = tiny_llama
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .* FSDP2"):
+        OwLore(engine, **OPTIONS)
+    old = type("FullyShardedDataParallel", (nn.Module,), {})()
+    old.module = tiny_llama
+    with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
+        OwLore(old, **OPTIONS)
