@@ -286,13 +286,13 @@ class Bench:
         }  # fmt: skip
 
     def run_or_simplify(self, job: Job) -> dict[str, Any]:
-        """`run`, once more without torch.compile if it fails: a table must not end on a compiler."""
+        """`run`, once more without torch.compile if it fails: no table must end on a compiler."""
         try:
             return self.run(job)
         except RuntimeError as error:
             if self.args.device == "cpu" or not self.compiles(job):
                 raise
-            print(f"no longer compiled: {str(error).splitlines()[0]}", flush=True)
+            print(f"no longer compiled: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
             self.args.no_compile = True
             torch.compiler.reset()
         return self.run(job)
