@@ -178,6 +178,18 @@ _NO_ZERO = (
 )
 
 
+def refuse_later_shards() -> None:
+    """Raises ValueError where accelerate is going to shard a model after its optimizer is built."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(_NO_ZERO)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "model: accelerate's FSDP shards a model after its optimizer is built, and OwLore must "
+            "be built from the sharded model: call fully_shard yourself and build OwLore then "
+            "(examples/torchrun_fsdp2.py), or train with DistributedDataParallel"
+        )
+
+
 def refuse_flat_groups() -> None:
     """Raises RuntimeError: something replaced the optimizer's parameters."""
     raise RuntimeError(

@@ -362,6 +362,7 @@ class OwLore(Optimizer):
             self._exchange.sharded_as(spread, self._model)
             self._show = lambda: None
             return
+        distributed.refuse_later_shards()
         ddp = distributed.find_ddp(model)
         self._show = distributed.hide_from_ddp(self._model, ddp, [*hidden, *self._frozen])
         if ddp is not None:
