@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,13 +28,15 @@ NEEDS = {
     "trl_sft": ("trl", "datasets"),
     "lightning_module": ("lightning",),
 }
+# What torchrun starts on several ranks.
+TORCHRUN = ("torchrun_fsdp2",)
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *TORCHRUN}
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", [*NEEDS, *TORCHRUN])
 def test_example_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 40
 
@@ -55,7 +59,6 @@ def test_example_trains(
     for package in NEEDS[name]:
         pytest.importorskip(package, reason=f"{package} is not installed")
     from accelerate.state import AcceleratorState
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     out = tmp_path / "out"
@@ -67,9 +70,31 @@ def test_example_trains(
     finally:
         # One process runs all of them.
         AcceleratorState._reset_state(reset_partial_state=True)
+    check_checkpoint(base / "model", out)
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_example_trains_on_two_ranks(name: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text("[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]")
+    out = tmp_path / "out"
+    words = [str(EXAMPLES / f"{name}.py"), str(base / "model"), str(base / "rows.jsonl"), str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    check_checkpoint(base / "model", out)
+
+
+def check_checkpoint(start: Path, out: Path) -> None:
+    """Five of the six blocks moved, and nothing else did but norms."""
+    from transformers import AutoModelForCausalLM
+
     before, after = (
-        AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for folder in (base / "model", out)
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (start, out)
     )
     assert list(after) == list(before)
     moved = {key for key in after if not torch.equal(after[key], before[key])}
