@@ -167,8 +167,9 @@ class _LinearFunction(torch.autograd.Function):
     def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight, P, seed = ctx.saved_tensors
         W = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
-        dX = dY @ W if ctx.needs_input_grad[0] else None
+        # Once for all products: behind attention dY is not contiguous, and this copies it.
         tokens = dY.reshape(-1, dY.shape[-1])
+        dX = (tokens @ W).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
         dbias = tokens.sum(dim=0) if ctx.needs_input_grad[2] else None
         R = None
         if ctx.needs_input_grad[3]:
