@@ -64,6 +64,108 @@ def step_table() -> str:
     )
 
 
+TRAINERS = {
+    "owlore": "owlore",
+    "owlore-dense": "owlore, gradient formed",
+    "peft-lora": "LoRA r 16 (PEFT)",
+    "galore-torch": "GaLore (galore-torch)",
+    "adamw-fused": "full fine-tuning (AdamW)",
+    "lisa": "LISA (preset)",
+    "embed-head-only": "embedding and head alone",
+}
+
+
+def training_rows() -> list[Row]:
+    """The rows of LLaMA-2-7B with the default sides and eager blocks."""
+    return [
+        row
+        for row in load("train")
+        if row["model"] == "llama2-7b" and row["side"] in (None, "std") and not row["compile"]
+    ]
+
+
+def training_table() -> str:
+    """Whole training steps of LLaMA-2-7B: peak memory and tokens per second."""
+    rows = training_rows()
+    rows.sort(
+        key=lambda r: (
+            r["tokens"], not r["checkpointing"], r["embeddings"] == "freeze", -r["blocks"],
+            list(TRAINERS).index(r["provider"]), r["moments"],
+        )
+    )  # fmt: skip
+    cells = []
+    for row in rows:
+        trains = f"{row['blocks']} blocks" if row["blocks"] else "none"
+        if row.get("chosen") and row["chosen"][0] > 0:
+            trains = f"top {trains}"
+        if row["backward_through"]:
+            trains += ", backward through all"
+        planned, refresh = row["planned_gib"], row["refresh_ms"]
+        rate = f"{row['tokens_per_s']:,.0f}"
+        if row.get("tokens_per_s_with_svd"):
+            rate += f" ({row['tokens_per_s_with_svd']:,.0f} with SVDs)"
+        if row["refresh_every"]:
+            trains += f", a draw every {row['refresh_every']} steps"
+        cells.append(
+            (
+                row["tokens"].replace("x", " x "),
+                "yes" if row["checkpointing"] else "no",
+                TRAINERS[row["provider"]],
+                trains,
+                row["embeddings"],
+                row["moments"],
+                f"{row['peak_gib']:.2f}",
+                f"{planned:.2f}" if planned else "",
+                rate,
+                f"{row['step_ms']:.0f}",
+                f"{row['optimizer_ms']:.1f}",
+                f"{refresh:.0f}" if refresh else "",
+            )
+        )
+    head = ["tokens", "checkpointing", "method", "blocks that train", "embedding and head",
+            "moments", "peak GiB", "planned", "tokens/s", "step ms", "of it optimizer",
+            "a refresh"]  # fmt: skip
+    return markdown(head, cells)
+
+
+def training_chart(path: Path) -> None:
+    """Tokens per second over peak memory, 16 sequences of 512 tokens, checkpointing."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        row
+        for row in training_rows()
+        if row["tokens"] == "16x512" and row["checkpointing"] and not row["backward_through"]
+        and not (row.get("chosen") and row["chosen"][0] > 0)
+    ]  # fmt: skip
+    figure = Figure(figsize=(9, 4.6), dpi=130, layout="constrained")
+    ax = figure.subplots()
+    for row in rows:
+        own = row["provider"].startswith("owlore")
+        label = TRAINERS[row["provider"]]
+        if own:
+            label += f", {row['blocks']} blocks, embedding and head {row['embeddings']}"
+            label += f", {row['moments']} moments"
+        ax.scatter(row["peak_gib"], row["tokens_per_s"], color=BLUE if own else GREY, zorder=3)
+        row["label"] = label
+    # Labels stand to the right of the points in rows of their own, joined by a thin line.
+    rows.sort(key=lambda row: -row["tokens_per_s"])
+    low, high = ax.get_ylim()
+    places = [high - (high - low) * (i + 0.5) / len(rows) for i in range(len(rows))]
+    right = max(row["peak_gib"] for row in rows) * 1.06
+    line = {"arrowstyle": "-", "color": "#d0d0d0", "lw": 0.6, "relpos": (0, 0.5)}
+    for row, y in zip(rows, places, strict=True):
+        ax.annotate(
+            row["label"], (row["peak_gib"], row["tokens_per_s"]), xytext=(right, y), fontsize=8,
+            va="center", arrowprops=line,
+        )  # fmt: skip
+    ax.set_xlim(right=right * 1.75)
+    ax.set_xlabel("peak memory, GiB (H100, LLaMA-2-7B shape, bf16, 16 x 512 tokens, checkpointing)")
+    ax.set_ylabel("tokens per second")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def outlier_table() -> str:
     """The outlier statistics: counts of a block, squared norms, the calibration pass."""
     names = {"owlore": "owlore", "torch": "PyTorch, eager", "torch.compile": "PyTorch, compiled"}
@@ -154,12 +256,15 @@ def main() -> int:
     args = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
-    after = filled(before, {"step": step_table(), "outliers": outlier_table()})
+    after = filled(
+        before, {"train": training_table(), "step": step_table(), "outliers": outlier_table()}
+    )
     if args.check:
         if after != before:
             print("README.md does not show the committed results: run make figures")
         return int(after != before)
     FIGURES.mkdir(parents=True, exist_ok=True)
+    training_chart(FIGURES / "train.png")
     step_chart(FIGURES / "step.png")
     outlier_chart(FIGURES / "outliers.png")
     path.write_text(after, encoding="utf-8")
