@@ -235,8 +235,8 @@ class Prepared:
         """One step.
 
         Returns:
-            False if the gradients differ in shape, strides, dtype or alignment from those it was
-            prepared for; then nothing was done.
+            False if the gradients differ in shape, strides, dtype, device or alignment from those
+            it was prepared for; then nothing was done.
         """
         pointers = [G.data_ptr() for G in grads]
         if _kinds(grads) != self._kinds or (_all_even(pointers) != self._aligned):
@@ -261,7 +261,7 @@ class Prepared:
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple]:
-    return [(x.shape, x.stride(), x.dtype) for x in tensors]
+    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

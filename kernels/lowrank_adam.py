@@ -929,7 +929,8 @@ class Config(NamedTuple):
         adam: Elements and warps of a program that only steps moments.
         registers: Most registers of an updating thread, so that more programs share a
             multiprocessor; 0 for as many as it takes.
-        ahead: Tiles of W that it asks to be brought into L2 ahead of time; 0 for none.
+        ahead: Tiles of W that it asks to be brought into L2 ahead of time, where it rounds to
+            nearest (rounding stochastically it has no registers left for it); 0 for none.
     """
 
     staged: bool
@@ -966,8 +967,8 @@ def _power_of_two(x: int, least: int = 16) -> int:
 # 100), and registers as the compiler reports them.
 _H100 = (
     (64, Config(False, 128, 128, 2, 4, 8, 128, 64, 512, 4, 8, True, registers=128)),
-    (128, Config(False, 128, 128, 4, 3, 8, 128, 64, 512, 3, 8, True, registers=128)),
-    (256, Config(True, 128, 64, 1, 4, 8, 128, 64, 1024, 3, 8, True)),
+    (128, Config(False, 128, 128, 4, 3, 8, 128, 64, 512, 3, 8, True, registers=128, ahead=2)),
+    (256, Config(True, 128, 64, 1, 4, 8, 128, 64, 1024, 3, 8, True, ahead=2)),
     (1024, Config(True, 128, 64, 1, 4, 8, 256, 128, 128, 3, 16, True)),
 )
 _B200 = (
@@ -1302,6 +1303,7 @@ def _group(
     shapes = [tuple(params[i].shape) for i in members]
     if layout == COLUMN_MAJOR:
         shapes = [(n, m) for m, n in shapes]
+    rounds = stochastic and w_dtype == torch.bfloat16
     walk = config.walk if in_registers else config.rows
     rows = [
         (k, s, w, min(w + walk, m))
@@ -1313,13 +1315,13 @@ def _group(
     launches.append(
         Launch(_update_kernel, tiles(rows), {
             **shared, **update_precision, "W_DTYPE": TL_DTYPES[w_dtype], "LAYOUT": layout,
-            "STOCHASTIC": stochastic and w_dtype == torch.bfloat16,
+            "STOCHASTIC": rounds,
             "EVEN": all(m % config.rows == 0 and n % config.cols == 0 for m, n in shapes),
             "RANK_BLOCK": rank_block if in_registers else _RANK_CHUNK[p_dtype.itemsize],
             "ROWS": config.rows, "COLS": config.cols, "STAGES": config.update_stages,
             "RESIDENT": in_registers, "WARPS": below,
             "BESIDE": config.update_warps // below if below else 0,
-            "AHEAD": config.ahead, "num_warps": config.update_warps,
+            "AHEAD": 0 if rounds else config.ahead, "num_warps": config.update_warps,
             **({"maxnreg": config.registers} if config.registers else {}),
         })
     )  # fmt: skip

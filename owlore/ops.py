@@ -362,6 +362,12 @@ class _Step:
         Raises:
             ValueError: A gradient's shape, device or count does not fit.
         """
+        hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        if self._name == "lowrank_adam_":
+            hyper["scale"] = scale
+        # Gradients like those of the step before need no other look than this one.
+        if self._prepared is not None and self._prepared.launch(grads, *self._scalars, **hyper):
+            return
         if [G.shape for G in grads] != self._shapes:
             _expect(
                 len(grads) == len(self._shapes), "grads", f"{len(self._shapes)} entries", len(grads)
@@ -373,9 +379,6 @@ class _Step:
         for i, G in enumerate(grads):
             if G.device != device:
                 _expect(False, f"grads[{i}]", f"device {device}", G.device)
-        hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        if self._name == "lowrank_adam_":
-            hyper["scale"] = scale
         if device.type == "cuda" and self._launch(grads, hyper):
             return
         params, *states = self._lists
@@ -383,9 +386,7 @@ class _Step:
         op(params, grads, *states, *self._scalars, **hyper, **self._options)
 
     def _launch(self, grads: Sequence[Tensor], hyper: dict[str, float]) -> bool:
-        """Starts the kernels; False if they do not cover these tensors."""
-        if self._prepared is not None and self._prepared.launch(grads, *self._scalars, **hyper):
-            return True
+        """Prepares kernels and starts them; False if they do not cover these tensors."""
         kernel = _kernel(self._name)
         if isinstance(kernel, ImportError):
             return False
