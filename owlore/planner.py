@@ -403,7 +403,7 @@ def plan(
     Args:
         model: See `meta_model`.
         config: Options of the optimizer. Scores are not needed: the plan takes the most expensive
-            draw, whose lowest block is the first.
+            draw: the last blocks, and the first where the embeddings are frozen.
         batch: Sequences in a micro-batch.
         seq: Tokens in a sequence.
         accumulation: Micro-batches in an optimizer step.
@@ -433,8 +433,11 @@ def plan(
         gamma = count if config.blocks == "all" else int(config.blocks)
         if gamma > count:
             raise ValueError(f"blocks: expected at most {count}, got {gamma}")
-        # Evenly spread, the first block among them: backward has to go all the way.
-        active = [i * count // gamma for i in range(gamma)]
+        # The last blocks, whose gradients come while backward still holds everything; and the
+        # first, so that backward goes all the way, unless embeddings that train see to it.
+        active = list(range(count - gamma, count))
+        if config.embeddings == "freeze":
+            active[0] = 0
     chosen = [1.0 if i in active else 0.0 for i in range(count)]
     simulated = config.replace(
         blocks=len(active), distribution=lambda _: chosen, scores=None, floor=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 class Run:
-    """A real model after two steps with the blocks that a plan takes for granted."""
+    """A real model after two steps with blocks spread evenly, and the plan of just that."""
 
     def __init__(
         self, options: dict[str, Any], checkpointing: bool = False, dtype: str = "float32"
@@ -52,7 +53,7 @@ class Run:
         self.ids = torch.randint(0, 512, (ROWS, TOKENS))
         self.plan = planner.plan(
             llama_config(), self.config, ROWS, TOKENS,
-            checkpointing=checkpointing, dtype=getattr(torch, dtype),
+            checkpointing=checkpointing, dtype=getattr(torch, dtype), active=chosen,
         )  # fmt: skip
         self.step()
         self.step()
@@ -207,6 +208,23 @@ def test_kept_state_adds_up_over_all_blocks() -> None:
     assert reset.account()["moments"] < keep.account()["moments"]
     assert keep.account()["moments"] == every.account()["moments"]
     assert keep.account()["basis"] == every.account()["basis"]
+
+
+@pytest.mark.parametrize(
+    ("options", "checkpointing"),
+    [({"rank": None}, True), ({"rank": 8, "embeddings": "freeze", "head": "freeze"}, False)],
+    ids=str,
+)
+def test_no_draw_takes_more(options: dict[str, Any], checkpointing: bool) -> None:
+    config = OwLoreConfig(blocks=2, **options)
+    peaks = {
+        active: planner.plan(
+            llama_config(), config, 1, 16, checkpointing=checkpointing, active=active
+        ).peak
+        for active in itertools.combinations(range(BLOCKS), 2)
+    }
+    made = planner.plan(llama_config(), config, 1, 16, checkpointing=checkpointing)
+    assert made.peak == max(peaks.values())
 
 
 def test_lowest_active_block_ends_backward() -> None:
