@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -668,3 +671,50 @@ def test_flat_groups_are_refused(tiny_llama):
     old.module = tiny_llama
     with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
         OwLore(old, **OPTIONS)
+
+
+# Ranks that die, and files that end.
+
+
+def run_killed(folder: str, dies: bool) -> int:
+    """Saves twice; in the second save rank 1 is killed while it writes."""
+    rank = torch.distributed.get_rank()
+    model = shard(llama())
+    optimizer = OwLore(model, **OPTIONS)
+    train(model, optimizer, range(3), rank)
+    dcp.save(states(model, optimizer), checkpoint_id=f"{folder}/3")
+    train(model, optimizer, range(3, 5), rank)
+    writer = dcp.FileSystemWriter(f"{folder}/5")
+    if dies and rank == 1:
+        write = writer.write_data
+
+        def killed(plan: Any, planner: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return write(plan, planner)
+
+        writer.write_data = killed
+    dcp.save(states(model, optimizer), storage_writer=writer)
+    return 0
+
+
+def test_a_rank_killed_while_saving_loses_that_checkpoint_alone(tmp_path):
+    folder = str(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1: ended with -9"):
+        ranks.run(run_killed, folder, True, timeout=15)
+    # No hang beyond the group's timeout.
+    assert time.monotonic() - began < 45
+    model = llama()
+    optimizer = OwLore(model, **OPTIONS)
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"checkpoint: no optimizer state in .*interrupted"):
+        prepare_load(optimizer, f"{folder}/5")
+    assert optimizer.state_dict() == before
+    # The one before it goes on.
+    load(f"{folder}/3", model, optimizer)
+    train(model, optimizer, range(3, 5), None)
+    want = llama()
+    other = OwLore(want, **OPTIONS)
+    train(want, other, range(5), None)
+    for name, weight in want.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, **TRAINING_FLOAT64)
