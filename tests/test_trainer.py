@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -345,6 +348,50 @@ def test_resuming_gives_the_same_bits(tmp_path, state, accumulation):
         assert trainer.state.global_step == 9
         found = (dict(model.state_dict()), optimizer.state_dict(), optimizer.draws())
         assert_same_bits(found, want, f"from step {step}: ")
+
+
+class Terminated(TrainerCallback):
+    """Sends SIGTERM to the process, as a scheduler that takes the machine away does."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            # The Trainer's handler waits a while to see if SIGKILL follows.
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh": "exact"}, {"gradient": "dense"}], ids=str)
+def test_sigterm_saves_and_the_run_goes_on(tmp_path, options, monkeypatch):
+    from transformers import trainer_jit_checkpoint
+
+    create = trainer_jit_checkpoint.CheckpointManager.__init__
+    monkeypatch.setattr(
+        trainer_jit_checkpoint.CheckpointManager,
+        "__init__",
+        lambda self, trainer: create(self, trainer, kill_wait=0),
+    )
+    options = {"interval": 3, "refresh_interval": 2, "state": "keep"} | options
+    arguments = {"max_steps": 9, "train_sampling_strategy": "sequential"}
+    model = tiny_models.build("llama")
+    whole = train(build(tmp_path / "whole", model, options, **arguments))
+    want = (dict(model.state_dict()), whole.state_dict(), whole.draws())
+
+    trainer = build(
+        tmp_path,
+        tiny_models.build("llama"),
+        options,
+        [Terminated()],
+        enable_jit_checkpoint=True,
+        **arguments,
+    )
+    train(trainer)
+    saved = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(saved) == 1
+    assert trainer.state.global_step < 9
+    model = tiny_models.build("llama")
+    trainer = build(tmp_path / "resumed", model, options, **arguments)
+    optimizer = train(trainer, resume_from_checkpoint=str(saved[0]))
+    assert_same_bits((dict(model.state_dict()), optimizer.state_dict(), optimizer.draws()), want)
 
 
 def test_what_was_offloaded_comes_back_as_it_was(tmp_path):
