@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -716,5 +717,48 @@ def test_a_rank_killed_while_saving_loses_that_checkpoint_alone(tmp_path):
     want = llama()
     other = OwLore(want, **OPTIONS)
     train(want, other, range(5), None)
+    for name, weight in want.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, **TRAINING_FLOAT64)
+
+
+def run_full_disk(folder: str) -> tuple[list[str], dict[str, Tensor]]:
+    """On rank 0 no file may grow beyond a few kilobytes while it saves a second time."""
+    rank = torch.distributed.get_rank()
+    model = shard(llama())
+    optimizer = OwLore(model, **OPTIONS)
+    errors = []
+    for step in range(6):
+        train(model, optimizer, range(step, step + 1), rank)
+        if step in (2, 4):
+            if step == 4 and rank == 0:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+            try:
+                dcp.save(states(model, optimizer), checkpoint_id=f"{folder}/{step}")
+            except dcp.CheckpointException as error:
+                errors.append(str(error))
+            if step == 4 and rank == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    return errors, weights_of(model)
+
+
+def test_a_full_disk_loses_that_checkpoint_alone(tmp_path):
+    want = llama()
+    other = OwLore(want, **OPTIONS)
+    train(want, other, range(6), None)
+    for errors, weights in ranks.run(run_full_disk, str(tmp_path)):
+        # torch's writer says that it could not write; every rank hears of it.
+        assert len(errors) == 1
+        assert "RANK 0" in errors[0]
+        # Training went on.
+        for name, weight in want.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, **TRAINING_FLOAT64)
+    model = llama()
+    optimizer = OwLore(model, **OPTIONS)
+    with pytest.raises(ValueError, match="checkpoint: "):
+        prepare_load(optimizer, tmp_path / "4")
+    load(str(tmp_path / "2"), model, optimizer)
+    train(model, optimizer, range(3, 6), None)
     for name, weight in want.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, **TRAINING_FLOAT64)
