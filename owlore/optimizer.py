@@ -8,7 +8,7 @@ import operator
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -105,6 +105,13 @@ class _Member:
         return self.logical(distributed.local(tensor))
 
     @property
+    def holder(self) -> Mapping[str, Any]:
+        """Where `weight` is looked up, under that name."""
+        if self.projection is None or self.entry.module is None or self.spread is not None:
+            return {"weight": self.entry.param}
+        return self.entry.module._parameters
+
+    @property
     def weight(self) -> Tensor:
         """The parameter that is updated, as its module holds it now."""
         if self.projection is None or self.entry.module is None or self.spread is not None:
@@ -163,6 +170,8 @@ class _Ready(NamedTuple):
     members: list[_Member]
     states: list[dict[str, Any]]
     steps: list[Tensor]
+    # Where each weight is looked up, and where it was.
+    holders: list[Mapping[str, Any]]
     addresses: list[int]
     device: torch.device
     slots: Tensor
@@ -186,6 +195,7 @@ class _Bucket:
         self.slots = slots
         self.decays = members[0].weight.dim() >= 2
         self.projects = members[0].projection is not None
+        self.spread = any(member.spread is not None for member in members)
         # Whether R is the sum of what the ranks' parts of G give.
         self.sums = members[0].side is not None and members[0].crosses and not self.projects
         # By the indices of the members that have a gradient.
@@ -773,6 +783,10 @@ class OwLore(Optimizer):
 
     def _inputs(self, bucket: _Bucket, members: list[_Member], grads: list[Tensor]) -> list[Tensor]:
         """Gradients as the op takes them: G, or R, of this rank's part of each weight."""
+        if not bucket.spread:
+            if bucket.projects:
+                return [R.contiguous() for R in grads]
+            return [m.logical(grad) for m, grad in zip(members, grads, strict=True)]
         if not bucket.projects:
             parts = [m.part(grad) for m, grad in zip(members, grads, strict=True)]
             return self._summed(members, parts) if bucket.sums else parts
@@ -806,7 +820,10 @@ class OwLore(Optimizer):
         if ready.members[0].side is not None and any(s["basis_age"] < 0 for s in ready.states):
             return False
         states = [self.state[member.param] for member in ready.members]
-        weights = [distributed.local(member.weight).data_ptr() for member in ready.members]
+        held = [holder["weight"] for holder in ready.holders]
+        if ready.members[0].spread is not None:
+            held = [distributed.local(weight) for weight in held]
+        weights = [weight.data_ptr() for weight in held]
         return all(map(operator.is_, states, ready.states)) and weights == ready.addresses
 
     def _prepare(self, bucket: _Bucket, have: tuple[int, ...]) -> _Ready:
@@ -869,13 +886,14 @@ class OwLore(Optimizer):
                 projected=first.projection is not None or bucket.sums,
                 **places,
             )
+        holders = [member.holder for member in members]
         addresses = [distributed.local(member.weight).data_ptr() for member in members]
         slots = torch.tensor([bucket.slots[i] for i in have])
         if device.type == "cuda":
             # From pageable memory the copy would wait for the device.
             slots = slots.pin_memory()
         slots = slots.to(device, non_blocking=True)
-        return _Ready(members, states, steps, addresses, device, slots, flags, step)
+        return _Ready(members, states, steps, holders, addresses, device, slots, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
         shape, dtype = _moment_spec(member, self.config)
