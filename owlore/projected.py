@@ -120,6 +120,15 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.to(dtype) @ b.to(dtype)) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 
+def _without_autocast(gradients: Callable[..., Any], ctx: Any, dY: Tensor) -> Any:
+    """Gradients in the dtypes they have, where backward() is called inside autocast too."""
+    device = dY.device.type
+    if not torch.is_autocast_enabled(device):
+        return gradients(ctx, dY)
+    with torch.autocast(device, enabled=False):
+        return gradients(ctx, dY)
+
+
 class _LinearFunction(torch.autograd.Function):
     """Y = X W^T + b; backward gives dX, db and, as the gradient of the coordinates, R."""
 
@@ -150,21 +159,17 @@ class _LinearFunction(torch.autograd.Function):
         ctx.right, ctx.state = right, state
         ctx.shape, ctx.dtype = coordinates.shape, coordinates.dtype
         ctx.as_gradient = _as_gradient(coordinates)
-        ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+        ctx.x_shape = x.shape
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients: dX = dY W, db = sum dY, and R."""
-        device = dY.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _LinearFunction._backward(ctx, dY)
-        return _LinearFunction._backward(ctx, dY)
+        return _without_autocast(_LinearFunction._gradients, ctx, dY)
 
     @staticmethod
-    def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight, P, seed = ctx.saved_tensors
         W = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
         # Once for all products: behind attention dY is not contiguous, and this copies it.
@@ -245,12 +250,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient R = S^T (dY P) (right) or (S P)^T dY (left)."""
-        device = dY.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                R = _EmbeddingFunction._gradient(ctx, dY)
-        else:
-            R = _EmbeddingFunction._gradient(ctx, dY)
+        R = _without_autocast(_EmbeddingFunction._gradient, ctx, dY)
         return None, None, ctx.as_gradient(R), None, None, None, None
 
     @staticmethod
