@@ -296,7 +296,9 @@ def _rebuild(ddp: DistributedDataParallel, names: list[str]) -> None:
     names_by_index = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names_by_index, ddp.static_graph)
     if ddp.static_graph:
-        ddp._set_static_graph()
+        ddp.reducer._set_static_graph()
+        if ddp.logger is not None:
+            ddp.logger._set_static_graph()
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
     for hook, state in hooks:
         ddp.register_comm_hook(state, hook)

@@ -184,6 +184,46 @@ def test_two_ranks_equal_one_process(built, part, monkeypatch):
     compare_with_one_process(cases, ranks.run(run_ddp, cases, built))
 
 
+WRAPPERS: list[dict[str, bool]] = [
+    {"static_graph": True},
+    {"find_unused_parameters": True},
+    {"gradient_as_bucket_view": True},
+]
+
+
+def run_wrappers() -> list[dict[str, Tensor]]:
+    """Trains under each kind of wrapper, and a copy of the model on the way."""
+    rank = torch.distributed.get_rank()
+    found = []
+    for options in WRAPPERS:
+        for built in ("before", "after"):
+            model = llama()
+            if built == "before":
+                optimizer = OwLore(model, **OPTIONS)
+                wrapped = DistributedDataParallel(model, **options)
+            else:
+                wrapped = DistributedDataParallel(model, **options)
+                optimizer = OwLore(wrapped, **OPTIONS)
+            train(wrapped, optimizer, range(3), rank)
+            # A copy is no part of the exchange.
+            if rank == 0:
+                copy.deepcopy(model)(input_ids=rows(0, 0), labels=rows(0, 0)).loss.backward()
+            train(wrapped, optimizer, range(3, 6), rank)
+            found.append(model.state_dict())
+    return found
+
+
+def test_every_kind_of_wrapper():
+    model = llama()
+    optimizer = OwLore(model, **OPTIONS)
+    train(model, optimizer, range(6), None)
+    for found in ranks.run(run_wrappers):
+        assert len(found) == 6
+        for weights in found:
+            for name, want in model.state_dict().items():
+                torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+
+
 def count_collectives() -> list[tuple[str, int]]:
     """Names and bytes of the collective calls from now on."""
     calls: list[tuple[str, int]] = []
