@@ -41,7 +41,7 @@ def run_trainer(
 
 @pytest.mark.parametrize(
     "options, accumulation",
-    [({"state": "keep"}, 1), ({"state": "offload"}, 2), ({"gradient": "dense"}, 2)],
+    [({"state": "keep"}, 1), ({"gradient": "dense", "state": "offload"}, 2)],
     ids=str,
 )
 def test_the_trainer_on_two_ranks(tmp_path, options, accumulation):
