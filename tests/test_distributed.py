@@ -714,13 +714,23 @@ def test_debug_mode_finds_ranks_that_drifted_apart(monkeypatch):
         assert "has another model.layers" in message
 
 
-def test_flat_groups_are_refused(tiny_llama):
+def test_flat_groups_are_refused(tiny_llama, monkeypatch):
     optimizer = OwLore(tiny_llama, **OPTIONS)
     # As DeepSpeed's ZeRO does it.
     flat = nn.Parameter(torch.zeros(100))
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO .* FSDP2"):
         optimizer.step()
+    assert not optimizer.state
+    for name, message in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed ZeRO"),
+        ("ACCELERATE_USE_FSDP", "call fully_shard yourself"),
+    ):
+        # accelerate and TrainingArguments set these.
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "true")
+            with pytest.raises(ValueError, match=message):
+                OwLore(llama(), **OPTIONS)
     engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
     engine.module = tiny_llama
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .* FSDP2"):
