@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Compares bases and active blocks over ranks at each step.
 DEBUG = "OWLORE_DEBUG"
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
+_OURS = "_owlore_hidden"
 # Gradients of at least as many bytes are averaged where they are; a copy would cost more than a
 # call of their own.
 _LARGE = 2**24
@@ -249,6 +250,14 @@ def names_of(model: nn.Module, params: Iterable[nn.Parameter]) -> list[str]:
     return [name for name, param in named if id(param) in wanted]
 
 
+class _Hidden(list[str]):
+    """Names that DDP is to leave alone; `before` are those that were so without OwLore."""
+
+    def __init__(self, before: Iterable[str] | None = None, names: Iterable[str] = ()) -> None:
+        super().__init__([*(before or ()), *names])
+        self.before = before
+
+
 def hide_from_ddp(
     model: nn.Module, ddp: DistributedDataParallel | None, params: list[nn.Parameter]
 ) -> Callable[[], None]:
@@ -267,9 +276,12 @@ def hide_from_ddp(
     """
     names = names_of(model, params)
     before = getattr(model, _IGNORED, None)
+    if isinstance(before, _Hidden):
+        # Of an optimizer that is gone, or of the model that this one is a copy of.
+        before = before.before
     if ddp is not None:
         _rebuild(ddp, names)
-    setattr(model, _IGNORED, [*(before or ()), *names])
+    setattr(model, _IGNORED, _Hidden(before, names))
 
     def show() -> None:
         if before is None:
@@ -282,7 +294,8 @@ def hide_from_ddp(
 
 def _rebuild(ddp: DistributedDataParallel, names: list[str]) -> None:
     """Builds a wrapper's reducer anew, without the named parameters."""
-    ignored = ddp.parameters_to_ignore | set(names)
+    # Without what an earlier optimizer hid.
+    ignored = (ddp.parameters_to_ignore - getattr(ddp, _OURS, set())) | set(names)
     managed = [param for name, param in ddp.module.named_parameters() if name not in ignored]
     if not any(param.requires_grad for param in managed):
         raise ValueError(
@@ -290,6 +303,7 @@ def _rebuild(ddp: DistributedDataParallel, names: list[str]) -> None:
             "embeddings, head and norms must be 'full'"
         )
     ddp.parameters_to_ignore = ignored
+    setattr(ddp, _OURS, set(names))
     ddp._module_parameters = managed
     # As DDP does it for a wrapper that was pickled.
     parameters, sparse = ddp._build_params_for_reducer()
@@ -312,13 +326,19 @@ class Exchange:
         hidden: Parameters whose gradients the wrapper does not average: those that a draw switches
             on and off.
         values: Parameters that are to begin with rank 0's values, which the wrapper does not see.
+        visible: Parameters whose gradients the wrapper averages.
     """
 
     def __init__(
-        self, owner: nn.Module, hidden: list[nn.Parameter], values: list[nn.Parameter]
+        self,
+        owner: nn.Module,
+        hidden: list[nn.Parameter],
+        values: list[nn.Parameter],
+        visible: list[nn.Parameter],
     ) -> None:
         self._owner = weakref.ref(owner)
         self._hidden = hidden
+        self._visible = visible
         self._values: list[nn.Parameter] | None = values
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._handle: Any = None
@@ -344,7 +364,7 @@ class Exchange:
             synced: Whether it made all hidden parameters equal on all ranks.
 
         Raises:
-            RuntimeError: The wrapper manages a hidden parameter.
+            RuntimeError: The wrapper manages a hidden parameter, or not a visible one.
         """
         managed = {id(param) for param in ddp._module_parameters}
         if any(id(param) in managed for param in self._hidden):
@@ -353,6 +373,12 @@ class Exchange:
                 "off. Wrap the very model that OwLore was built from, or build OwLore from the "
                 "wrapped model: OwLore(DistributedDataParallel(model), ...)"
             )
+        if any(id(param) not in managed for param in self._visible):
+            raise RuntimeError(
+                "owlore: DistributedDataParallel was told to ignore parameters that train at every "
+                "step (by an optimizer that is gone, perhaps): wrap the model anew"
+            )
+        setattr(ddp, _OURS, set(names_of(ddp.module, [*self._hidden, *(self._values or ())])))
         self._ddp = weakref.ref(ddp)
         self.group = ddp.process_group
         self.size = distributed.get_world_size(self.group)

@@ -362,13 +362,14 @@ class OwLore(Optimizer):
         hidden = [param for member in toggled for param in member.takers]
         coordinates = [param for m in toggled if m.projection is not None for param in m.takers]
         values = [m.param for m in toggled if m.projection is None] + self._frozen
-        self._exchange = distributed.Exchange(self._layout.owner, hidden, values)
+        always = [m.param for m in self._members if m.always and m.projection is None]
+        self._exchange = distributed.Exchange(self._layout.owner, hidden, values, always)
         spread = next((m.spread for m in self._members if m.spread is not None), None)
         if spread is not None:
             # FSDP2 has seen every parameter; it averages norms and dense weights itself.
             for param in self._frozen:
                 self._flags.set(param, False)
-            self._exchange = distributed.Exchange(self._layout.owner, coordinates, [])
+            self._exchange = distributed.Exchange(self._layout.owner, coordinates, [], [])
             self._exchange.sharded_as(spread, self._model)
             self._show = lambda: None
             return

@@ -223,6 +223,43 @@ def test_every_kind_of_wrapper():
                 torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
 
 
+def run_successors() -> list[dict[str, Tensor]]:
+    """A second optimizer trains what the first left frozen: on the wrapper, a new one, a copy."""
+    rank = torch.distributed.get_rank()
+    frozen = OPTIONS | {"embeddings": "freeze"}
+    found = []
+    for how in ("same wrapper", "new wrapper", "copy"):
+        model = llama()
+        first = OwLore(model, **frozen)
+        wrapped = DistributedDataParallel(model)
+        train(wrapped, first, range(2), rank)
+        if how == "copy":
+            model = copy.deepcopy(model)
+            wrapped = model
+        else:
+            first.detach()
+        if how == "same wrapper":
+            second = OwLore(wrapped, **OPTIONS)
+        else:
+            second = OwLore(model, **OPTIONS)
+            wrapped = DistributedDataParallel(model)
+        train(wrapped, second, range(2, 6), rank)
+        found.append(model.state_dict())
+    return found
+
+
+def test_a_second_optimizer_shares_what_the_first_left_alone():
+    model = llama()
+    first = OwLore(model, **OPTIONS | {"embeddings": "freeze"})
+    train(model, first, range(2), None)
+    first.detach()
+    train(model, OwLore(model, **OPTIONS), range(2, 6), None)
+    for found in ranks.run(run_successors):
+        for weights in found:
+            for name, want in model.state_dict().items():
+                torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+
+
 def count_collectives() -> list[tuple[str, int]]:
     """Names and bytes of the collective calls from now on."""
     calls: list[tuple[str, int]] = []
