@@ -108,16 +108,14 @@ class _Member:
     def holder(self) -> Mapping[str, Any]:
         """Where `weight` is looked up, under that name."""
         if self.projection is None or self.entry.module is None or self.spread is not None:
+            # FSDP2's own parameter, even while what it gathered stands in its place.
             return {"weight": self.entry.param}
         return self.entry.module._parameters
 
     @property
     def weight(self) -> Tensor:
         """The parameter that is updated, as its module holds it now."""
-        if self.projection is None or self.entry.module is None or self.spread is not None:
-            # FSDP2's own parameter, even while what it gathered stands in its place.
-            return self.entry.param
-        return cast(Tensor, self.entry.module.weight)
+        return cast(Tensor, self.holder["weight"])
 
     @property
     def key(self) -> str:
@@ -1136,12 +1134,16 @@ class OwLore(Optimizer):
             post_hook(self)
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
-        """Goes to the step of a checkpoint; what was worked out for another step is dropped."""
+        """Goes to the step of a checkpoint."""
         self._p = np.array(counters["probabilities"])
         self._scores = counters["scores"]
         self._steps, self._drawn = counters["steps"], counters["drawn"]
         self._active = self._draw(self._drawn) if self._drawn >= 0 else ()
         self._accumulates = bool(counters.get("accumulates", False))
+        self._forget_derived()
+
+    def _forget_derived(self) -> None:
+        """Drops what was worked out for another step."""
         self._flags_applied = self._drawn < 0
         self._modes_step = -1
         self._buckets = None
@@ -1196,11 +1198,7 @@ class OwLore(Optimizer):
         self.state.update(before.state)
         for param, flag in before.flags:
             param.requires_grad_(flag)
-        self._flags_applied = self._drawn < 0
-        self._modes_step = -1
-        self._buckets = None
-        self._rng_steps.clear()
-        self._skipped.clear()
+        self._forget_derived()
 
     def _abandon_load(self) -> None:
         if self._before_load is not None:
