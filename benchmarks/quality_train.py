@@ -77,7 +77,12 @@ def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 def make_batches(
-    sequences: Sequence[Tokens], batch_size: int, length: int, seed: int, steps: int | None = None
+    sequences: Sequence[Tokens],
+    batch_size: int,
+    length: int,
+    seed: int,
+    steps: int | None = None,
+    lines: int = 1,
 ) -> list[Batch]:
     """One epoch of packed batches of one shape, in an order given by the seed.
 
@@ -87,6 +92,7 @@ def make_batches(
         length: Length of a line.
         seed: Seed of the order.
         steps: Batches at most.
+        lines: Lines of a batch at least, so that all seeds have one shape.
     """
     order = list(range(len(sequences)))
     random.Random(seed).shuffle(order)
@@ -98,7 +104,7 @@ def make_batches(
         for k in range(count if steps is None else min(count, steps))
     ]
     packed = [pack([len(s.ids) for s in rows], length) for rows in chosen]
-    lines = max(len(found) for found in packed)
+    lines = max(lines, *(len(found) for found in packed))
     targets = max(sum(len(s.ids) - s.prompt for s in rows) for rows in chosen)
     targets = -(-targets // 64) * 64
     return [
@@ -236,7 +242,8 @@ class _Passes:
             return True
         self.clear()
         self.grads, self.graph, self.key = [], None, None
-        if torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 2:
+        share = torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
+        if torch.cuda.memory_reserved() > share / 2:
             # What earlier captures reserved.
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()

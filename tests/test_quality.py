@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 import quality_data
 import quality_figures
+import quality_queue
 import quality_stats
 import quality_train
 from quality_data import Question, Tokens
@@ -239,13 +242,119 @@ def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     assert {quality.key_of(entry) for entry in done} == {job.key for job in wanted[:2]}
 
 
-def test_the_test_table_needs_the_validation_table() -> None:
-    with pytest.raises(SystemExit, match="run validation first"):
-        list(quality.jobs("test", []))
-    rows = [row(method, 3e-4, 1.0, "validation") for method in quality.MAIN]
+def test_the_test_table_needs_the_validation_table(tmp_path: Path) -> None:
+    args = argparse.Namespace(tables=["test"], only=None, rows=tmp_path / "none.jsonl", done=[])
+    with pytest.raises(SystemExit, match=r"no validation rows of full, .*: run validation first"):
+        quality.run(args)
+    assert list(quality.jobs("test", [])) == []
+    rows = rows_of(quality.jobs("validation", []))
     chosen = [job for job in quality.jobs("test", rows) if job.chosen]
     assert len(chosen) == 5 * len(quality.MAIN)
     assert {job.split for job in chosen} == {"test"}
+
+
+def rows_of(jobs) -> list[dict]:
+    """Rows as finished runs leave them, better with a higher rate."""
+    return [{**job._asdict(), "bench": "quality", "accuracy": 10 + job.lr} for job in jobs]
+
+
+def test_a_method_is_tested_once_its_own_validation_is_complete() -> None:
+    wanted = list(quality.jobs("validation", []))
+    rows = rows_of(job for job in wanted if job.method in ("full", "lora"))
+    assert {job.method for job in quality.jobs("test", rows)} == {"full", "lora"}
+    assert {job.lr for job in quality.jobs("test", rows)} == {1e-3}
+    missing = next(job for job in wanted if job.method == "lora" and job.lr == 1e-3)
+    rows = [row for row in rows if quality.key_of(row) != missing.key]
+    assert {job.method for job in quality.jobs("test", rows)} == {"full"}
+    # A run that failed is not waited for.
+    found = {job.method: job.lr for job in quality.jobs("test", rows, {missing.key})}
+    assert found == {"full": 1e-3, "lora": 3e-4}
+    # The controls wait for the default alone, not for its variants.
+    default = [job for job in wanted if job.method == "owlore" and job.variant == "default"]
+    controls = list(quality.jobs("controls", rows_of(default)))
+    assert {job.lr for job in controls} == {1e-3}
+    assert "reverse" in {job.method for job in controls}
+
+
+def test_a_run_is_claimed_once_and_a_crashed_one_is_taken_up(tmp_path: Path) -> None:
+    one, other = (quality_queue.Claims(tmp_path / "claims", starts=2) for _ in range(2))
+    claim = one.take(("task", 0.1, 3))
+    assert claim is not None
+    assert claim.starts == 0
+    assert other.take(("task", 0.1, 3)) is None
+    assert other.take(("task", 0.1, 4)) is not None
+    claim.release("done")
+    assert other.take(("task", 0.1, 3)) is None
+    # The system gives a dead process's lock back.
+    for starts in (0, 1):
+        dying = one.take(("crashes",))
+        assert dying is not None
+        assert dying.starts == starts
+        os.close(dying._file)
+    assert one.failed() == set()
+    assert one.take(("crashes",)) is None
+    assert other.failed() == {("crashes",)}
+    assert one.take(("crashes",)) is None
+    assert len(other.noted("failed")) == 1
+
+
+def test_a_run_that_fails_is_run_in_a_simpler_way(tmp_path: Path, monkeypatch) -> None:
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.args = argparse.Namespace(device="cuda", no_compile=False, no_graphs=False)
+    bench.claims = quality_queue.Claims(tmp_path)
+    monkeypatch.setattr(quality, "broken", lambda device: False)
+    job, same, other = (
+        quality.Job("commonsense", method, "default", lr, 0, "test")
+        for method, lr in (("galore", 1e-4), ("full", 3e-4), ("lora", 1e-4))
+    )
+    tried = []
+
+    def run(job, compiled, graphs):
+        tried.append((job.method, compiled, graphs))
+        if compiled or job.method == "lora":
+            raise RuntimeError("no compiler")
+        return {"compiled": compiled}
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.run_somehow(job) == {"compiled": False}
+    assert tried == [("galore", True, True), ("galore", False, True)]
+    # The kind of run that did not compile is not compiled again.
+    assert quality.kind(job) == quality.kind(same) != quality.kind(other)
+    tried.clear()
+    assert bench.run_somehow(same) == {"compiled": False}
+    assert tried == [("full", False, True)]
+    tried.clear()
+    with pytest.raises(RuntimeError, match="no compiler"):
+        bench.run_somehow(other)
+    assert tried == [("lora", True, True), ("lora", False, True), ("lora", False, False)]
+    # What ended its process goes on with the next way.
+    tried.clear()
+    monkeypatch.setattr(bench, "run", lambda *how: tried.append(how[1:]))
+    bench.run_somehow(job._replace(method="owlore"), starts=1)
+    bench.run_somehow(job._replace(method="uniform"), starts=7)
+    assert tried == [(False, True), (False, False)]
+
+
+def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
+    args = argparse.Namespace(tables=["validation"], only=None, rows=tmp_path / "rows", done=[])
+    claims = quality_queue.Claims(tmp_path / "claims")
+
+    def take(kinds, left=100.0, about=None):
+        found = quality.next_job(args, claims, kinds, left, about or {})
+        return found if isinstance(found, str) else found[0].method
+
+    lora = quality.kind(quality.Job("commonsense", "lora", "default", 1e-4, 0, "validation"))
+    assert [take({lora}) for _ in range(4)] == ["lora"] * 3 + ["full"]
+    args.only = ["lora"]
+    assert take(()) == "wait"
+    rows = rows_of(quality.jobs("validation", []))
+    args.rows.write_text(
+        "".join(json.dumps({**row, "wall_seconds": 50.0}) + "\n" for row in rows[:4]) + '{"half'
+    )
+    assert take(()) == "wait"
+    assert take((), left=40.0) == "2 runs left: out of time"
+    args.only = ["full"]
+    assert take(()) == "nothing left"
 
 
 def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path) -> None:
