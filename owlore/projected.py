@@ -18,9 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from types import CodeType
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,13 +123,58 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.to(dtype) @ b.to(dtype)) if dtype.itemsize > a.dtype.itemsize else (a @ b).to(dtype)
 
 
-def _without_autocast(gradients: Callable[..., Any], ctx: Any, dY: Tensor) -> Any:
-    """Gradients in the dtypes they have, where backward() is called inside autocast too."""
-    device = dY.device.type
-    if not torch.is_autocast_enabled(device):
+def _backward(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward whose products keep the dtypes they have, and that has no gradient itself."""
+
+    @torch.autograd.function.once_differentiable
+    def guarded(ctx: Any, dY: Tensor) -> Any:
+        with torch.autocast(dY.device.type, enabled=False):
+            return gradients(ctx, dY)
+
+    @wraps(gradients)
+    def backward(ctx: Any, dY: Tensor) -> Any:
+        # Two switches of modes cost as much as the launch of a product. They are for
+        # create_graph=True, and for backward() called inside autocast.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(dY.device.type):
+            return guarded(ctx, dY)
         return gradients(ctx, dY)
-    with torch.autocast(device, enabled=False):
-        return gradients(ctx, dY)
+
+    return backward
+
+
+def _code_of_pack() -> CodeType | None:
+    """The code of the hook by which torch's checkpoint drops what its first forward saves.
+
+    None where this version of torch cannot tell; then every forward computes what it saves.
+    """
+    made = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
+    asked = (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_len_torch_function_stack"),
+        (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    )
+    if made is None or not all(hasattr(module, name) for module, name in asked):
+        return None
+    codes = [code for code in made.__init__.__code__.co_consts if isinstance(code, CodeType)]
+    return next((code for code in codes if code.co_name == "pack_hook"), None)
+
+
+_CHECKPOINT_PACK = _code_of_pack()
+
+
+def _is_dropped(x: Tensor) -> bool:
+    """Whether a non-reentrant checkpoint drops what a layer with input x saves for backward.
+
+    All it keeps are shape, dtype and device; its recomputation saves the tensor again. (A reentrant
+    one runs its first forward without gradients.) False wherever somebody else might see the
+    product or its absence, as the dispatch mode of a selective checkpoint does.
+    """
+    if torch.compiler.is_compiling() or _CHECKPOINT_PACK is None or type(x) is not Tensor:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__code__", None) is _CHECKPOINT_PACK
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -150,10 +198,15 @@ class _LinearFunction(torch.autograd.Function):
             bias = bias.to(x.dtype)
         y = F.linear(x, W, bias)
         if right:
-            columns = coordinates.shape[1]
-            if P is None:
-                P = sketch_matrix(cast(Tensor, seed), x.shape[-1], columns, x.dtype, x.device)
-            ctx.save_for_backward(x.reshape(-1, x.shape[-1]) @ P.to(x.dtype), weight, None, None)
+            n, columns = x.shape[-1], coordinates.shape[1]
+            if _is_dropped(x):
+                # Shape, dtype and device of X P without the product. Backward never sees it.
+                XP = x.as_strided((x.shape[:-1].numel(), columns), (0, 0))
+            else:
+                if P is None:
+                    P = sketch_matrix(cast(Tensor, seed), n, columns, x.dtype, x.device)
+                XP = x.reshape(-1, n) @ (P if P.dtype == x.dtype else P.to(x.dtype))
+            ctx.save_for_backward(XP, weight, None, None)
         else:
             ctx.save_for_backward(x, weight, P, seed)
         ctx.right, ctx.state = right, state
@@ -163,22 +216,24 @@ class _LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_backward
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients: dX = dY W, db = sum dY, and R."""
-        return _without_autocast(_LinearFunction._gradients, ctx, dY)
-
-    @staticmethod
-    def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight, P, seed = ctx.saved_tensors
+        needs_dX, _, needs_dbias, needs_R, *_ = ctx.needs_input_grad
         W = weight if weight.dtype == dY.dtype else weight.to(dY.dtype)
         # Once for all products: behind attention dY is not contiguous, and this copies it.
         tokens = dY.reshape(-1, dY.shape[-1])
-        dX = (tokens @ W).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        dbias = tokens.sum(dim=0) if ctx.needs_input_grad[2] else None
+        dX = (tokens @ W).view(ctx.x_shape) if needs_dX else None
+        dbias = tokens.sum(dim=0) if needs_dbias else None
         R = None
-        if ctx.needs_input_grad[3]:
+        if needs_R:
             if ctx.right:
+                if saved.stride(0) == 0:
+                    raise RuntimeError(
+                        "a projected layer left its first product to the recomputation of a "
+                        f"checkpoint, and there was none (torch {torch.__version__})"
+                    )
                 R = _mm(tokens.mT, saved, ctx.dtype)
             else:
                 X = saved.reshape(-1, saved.shape[-1])
@@ -188,7 +243,8 @@ class _LinearFunction(torch.autograd.Function):
                     if P is None:
                         m, k = tokens.shape[1], ctx.shape[0]
                         P = sketch_matrix(seed, m, k, dY.dtype, dY.device)
-                    R = _mm((tokens @ P.to(dY.dtype)).mT, X, ctx.dtype)
+                    P = P if P.dtype == dY.dtype else P.to(dY.dtype)
+                    R = _mm((tokens @ P).mT, X, ctx.dtype)
             R = ctx.as_gradient(R)
         return dX, None, dbias, R, None, None, None, None
 
@@ -247,11 +303,11 @@ class _EmbeddingFunction(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_backward
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient R = S^T (dY P) (right) or (S P)^T dY (left)."""
-        R = _without_autocast(_EmbeddingFunction._gradient, ctx, dY)
-        return None, None, ctx.as_gradient(R), None, None, None, None
+        R = ctx.as_gradient(_EmbeddingFunction._gradient(ctx, dY))
+        return None, None, R, None, None, None, None
 
     @staticmethod
     def _gradient(ctx: Any, dY: Tensor) -> Tensor:

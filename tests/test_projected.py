@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 from transformers.pytorch_utils import Conv1D
 
 from owlore import OwLore, projected, projection
@@ -799,6 +806,203 @@ def test_a_model_that_hardly_fits_is_warned_of(name, warns):
     assert bool(texts) is warns
     if warns:
         assert "model.layers.*.mlp.experts.gate_up_proj" in texts[0]
+
+
+# A checkpoint's first forward.
+
+
+class Twice(nn.Module):
+    """Two square projected layers: the X P of one would pass for that of the other."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        for name in ("first", "second"):
+            linear = nn.Linear(N, N, bias=False)
+            linear.weight.requires_grad_(False)
+            state = projected.install(linear, "right", R, 2 * R, (N, N), torch.float32)
+            state.mode, state.basis = mode, orthonormal(N, R, torch.float32)
+            if mode == projected.SKETCH:
+                # The sketch of a left layer is the one that saves X Omega.
+                state.side, state.seed = "left", torch.tensor(5)
+                linear.owlore_sketch.data = projected.zeros((N, 2 * R), torch.float32, "cpu")
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.sin(self.first(x)))
+
+
+def again(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False, **options)
+
+
+def without_early_stop(model: nn.Module, x: Tensor) -> Tensor:
+    with set_checkpoint_early_stop(False):
+        return again(model, x)
+
+
+def nested(model: nn.Module, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        return again(model.second, torch.sin(again(model.first, x)))
+
+    return again(inner, x)
+
+
+def inside_hooks(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return again(model, x)
+
+
+def around_hooks(model: nn.Module, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    return again(inner, x)
+
+
+def part_around_hooks(model: nn.Module, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            x = model.first(x)
+        return model.second(torch.sin(x))
+
+    return again(inner, x)
+
+
+def selective(model: nn.Module, x: Tensor) -> Tensor:
+    def keep(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return again(model, x, context_fn=lambda: create_selective_checkpoint_contexts(keep))
+
+
+def under_a_device(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.device("cpu"):
+        return again(model, x)
+
+
+def compiled_inside(model: nn.Module, x: Tensor) -> Tensor:
+    return again(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+
+
+def compiled_outside(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.compile(lambda x: again(model, x), backend="aot_eager")(x)
+
+
+def in_autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return again(model, x).float()
+
+
+# How a model is called, and whether each forward of a layer leaves X P out, in their order.
+CALLS: list[tuple[Any, list[bool]]] = [
+    (again, [True, True, False, False]),
+    (partial(again, determinism_check="none"), [True, True, False, False]),
+    (partial(again, preserve_rng_state=False), [True, True, False, False]),
+    (without_early_stop, [True, True, False, False]),
+    # The recomputation of the outer one, which ends before `second`, is a first forward of `first`.
+    (nested, [True, True, True, False, False]),
+    (inside_hooks, [True, True, False, False]),
+    # Nothing is left to recompute.
+    (around_hooks, [False, False]),
+    (part_around_hooks, [False, True, False, False]),
+    (selective, [False] * 4),
+    (under_a_device, [False] * 4),
+    (in_autocast, [True, True, False, False]),
+    (compiled_inside, []),
+    (compiled_outside, []),
+    (lambda model, x: checkpoint(model, x, use_reentrant=True), [False, False]),
+]
+NAMES = [
+    "plain", "unchecked", "rng", "late stop", "nested", "inside hooks", "around hooks",
+    "part around hooks", "selective", "device", "autocast", "compiled inside", "compiled outside",
+    "reentrant",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [projected.BASIS, projected.SKETCH])
+@pytest.mark.parametrize(("call", "dropped"), CALLS, ids=NAMES)
+def test_a_checkpoint_changes_no_gradient(call, dropped, mode, monkeypatch):
+    torch._dynamo.reset()
+    model = Twice(mode)
+    name = COORDINATES if mode == projected.BASIS else SKETCH
+    x = torch.randn(3, T, N)
+
+    def gradients(way: Any) -> list[Tensor]:
+        inputs = x.clone().requires_grad_()
+        y = way(model, inputs)
+        (y * torch.cos(y.detach())).sum().backward()
+        taken = [getattr(linear, name) for linear in (model.first, model.second)]
+        found = [y.detach(), inputs.grad, *(coordinates.grad for coordinates in taken)]
+        for coordinates in taken:
+            coordinates.grad = None
+        return found
+
+    def plainly(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=call is in_autocast):
+            return model(x).float()
+
+    expected = gradients(plainly)
+    answers: list[bool] = []
+    is_dropped = projected._is_dropped
+
+    def spy(x: Tensor) -> bool:
+        answers.append(is_dropped(x))
+        return answers[-1]
+
+    # torch.compile would trace the spy.
+    if dropped:
+        monkeypatch.setattr(projected, "_is_dropped", spy)
+    found = gradients(call)
+    assert answers == dropped
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float(theirs.abs().sum()) > 0
+        torch.testing.assert_close(ours, theirs, **tolerances.OP_FLOAT32)
+
+
+def test_a_checkpoint_that_is_differentiated_twice_recomputes_twice():
+    model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
+    y = again(model, x)
+    y.sum().backward(retain_graph=True)
+    once = model.first.owlore_coordinates.grad.clone()
+    y.sum().backward()
+    torch.testing.assert_close(
+        model.first.owlore_coordinates.grad, 2 * once, **tolerances.OP_FLOAT32
+    )
+
+
+def products(model: nn.Module, x: Tensor, way: Any) -> int:
+    """Matrix products with a basis that a forward pass runs."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        way(model, x)
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::mm"]
+    return shapes.count([[T, N], [N, R]])
+
+
+def test_the_first_forward_of_a_checkpoint_runs_no_product_that_is_dropped(monkeypatch):
+    model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
+    assert products(model, x, lambda model, x: model(x)) == 2
+    assert products(model, x, again) == 0
+    # A version of torch whose checkpoint is another.
+    monkeypatch.setattr(projected, "_CHECKPOINT_PACK", None)
+    assert products(model, x, again) == 2
+
+
+def test_a_dropped_product_that_nobody_recomputes_is_an_error(monkeypatch):
+    model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
+    monkeypatch.setattr(projected, "_is_dropped", lambda x: True)
+    y = model(x)
+    with pytest.raises(RuntimeError, match="left its first product to the recomputation"):
+        y.sum().backward()
+
+
+def test_backward_has_no_gradient_itself():
+    model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
+    (dX,) = torch.autograd.grad(model.first(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dX.sum().backward()
 
 
 # Backward ends early.
