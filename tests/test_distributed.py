@@ -1,4 +1,4 @@
-"""DistributedDataParallel on two ranks against one process, on real processes over gloo."""
+"""DDP and FSDP2 on two ranks against one process, on real processes over gloo, and over NCCL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import copy
 import os
 import resource
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from owlore import OwLore, prepare_load
+from owlore import OwLore, distributed, prepare_load
 
 OPTIONS: dict[str, Any] = {
     "blocks": 2,
@@ -39,6 +41,13 @@ OPTIONS: dict[str, Any] = {
     "on_refresh": "transport",
 }
 STEPS = 12
+
+
+def device() -> torch.device:
+    """Where this process trains: a rank of NCCL on its GPU."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def llama(**overrides: Any) -> nn.Module:
@@ -55,13 +64,13 @@ def llama(**overrides: Any) -> nn.Module:
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes | overrides)).train().double()
+    return LlamaForCausalLM(LlamaConfig(**sizes | overrides)).train().double().to(device())
 
 
 def rows(step: int, micro: int, ranks: int = 2) -> Tensor:
     """Token ids of one micro-batch of all ranks. [2 * ranks, 10]"""
     generator = torch.Generator().manual_seed(1000 * step + micro)
-    return torch.randint(0, 64, (2 * ranks, 10), generator=generator)
+    return torch.randint(0, 64, (2 * ranks, 10), generator=generator).to(device())
 
 
 def train(
@@ -75,9 +84,10 @@ def train(
 ) -> list[float]:
     """Trains on this rank's rows, or on all of them; returns the norms that clipping saw."""
     norms = []
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
     for step in steps:
         for micro in range(accumulation):
-            ids = rows(step, micro)
+            ids = rows(step, micro, ranks)
             if rank is not None:
                 ids = ids[2 * rank : 2 * rank + 2]
             last = micro == accumulation - 1
@@ -142,8 +152,13 @@ def run_ddp(cases: list[str], built: str) -> list[dict[str, Any]]:
             optimizer = OwLore(wrapped, **OPTIONS | options)
         loop = {key: value for key, value in how.items() if key != "reentrant"}
         norms = train(wrapped, optimizer, range(STEPS), rank, **loop)
-        results.append({"norms": norms, "draws": optimizer.draws(), "weights": model.state_dict()})
+        results.append({"norms": norms, "draws": optimizer.draws(), "weights": weights_of(model)})
     return results
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights, gathered, in host memory."""
+    return {name: distributed.whole(weight).cpu() for name, weight in model.state_dict().items()}
 
 
 def compare_with_one_process(cases: list[str], found: list[list[dict[str, Any]]]) -> None:
@@ -151,28 +166,28 @@ def compare_with_one_process(cases: list[str], found: list[list[dict[str, Any]]]
     for i, case in enumerate(cases):
         options, how = CASES[case]
         model = llama()
-        before = copy.deepcopy(model.state_dict())
+        before = weights_of(copy.deepcopy(model))
         checkpointing(model, how.get("reentrant"))
         optimizer = OwLore(model, **OPTIONS | options)
         loop = {key: value for key, value in how.items() if key != "reentrant"}
         norms = train(model, optimizer, range(STEPS), None, **loop)
         assert len({drawn for _, drawn in optimizer.draws()}) > 1 or options.get("blocks") == "all"
+        wanted = weights_of(model)
         for results in found:
             result = results[i]
             assert result["draws"] == optimizer.draws()
             assert result["norms"] == pytest.approx(norms, rel=1e-6)
-            for name, want in model.state_dict().items():
+            for name, want in wanted.items():
                 torch.testing.assert_close(
                     result["weights"][name],
                     want,
                     **TRAINING_FLOAT64,
                     msg=lambda text, case=case, name=name: f"{case}: {name}: {text}",
                 )
-        moved = [n for n, w in model.state_dict().items() if not torch.equal(w, before[n])]
+        moved = [name for name, want in wanted.items() if not torch.equal(want, before[name])]
         assert any("proj" in name for name in moved), case
-        first, second = (results[i]["weights"] for results in found)
-        for name, weight in first.items():
-            assert torch.equal(weight, second[name]), (case, name)
+        for results in found[1:]:
+            assert_equal(results[i]["weights"], found[0][i]["weights"], case)
 
 
 @pytest.mark.parametrize("built", ["before", "after"])
@@ -349,12 +364,6 @@ def shard(model: nn.Module, mesh: Any = None, policy: Any = None) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, gathered."""
-    state = model.state_dict()
-    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in state.items()}
-
-
 def run_fsdp(cases: list[str]) -> list[dict[str, Any]]:
     rank = torch.distributed.get_rank()
     results = []
@@ -468,7 +477,7 @@ def test_a_checkpoint_continues_on_as_many_ranks_and_on_others(tmp_path, strateg
 def assert_equal(found: Any, want: Any, where: str) -> None:
     if isinstance(want, Tensor):
         assert torch.equal(found, want), where
-    elif isinstance(want, tuple):
+    elif isinstance(want, tuple | list):
         for i, value in enumerate(want):
             assert_equal(found[i], value, f"{where}: {i}")
     elif isinstance(want, dict):
@@ -517,7 +526,7 @@ def mesh(shape: tuple[int, ...]) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     names = ("replicate", "shard")[-len(shape) :]
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)
 
 
 BOTH_PATHS: list[dict[str, Any]] = [{}, {"gradient": "dense"}]
@@ -566,7 +575,8 @@ def same_gradients(model: nn.Module, optimizer: OwLore, step: int) -> None:
         taker = member.sketch if member.sketches else member.param
         generator = torch.Generator().manual_seed(member.stream + step)
         # Shards take R in float32.
-        value = torch.randn(taker.shape, generator=generator).bfloat16().to(taker.dtype)
+        value = torch.randn(taker.shape, generator=generator).bfloat16()
+        value = value.to(taker.device, taker.dtype)
         if member.spread is not None:
             split = None if member.projection is not None else 0
             value = member.spread.adopt(value, value.device, split)
@@ -575,10 +585,11 @@ def same_gradients(model: nn.Module, optimizer: OwLore, step: int) -> None:
 
 def run_bits(sharded: bool, options: dict[str, Any], conv: bool) -> dict[str, Tensor]:
     if conv:
-        model = tiny_models.build("gpt2", n_embd=20, n_inner=28).bfloat16()
+        model = tiny_models.build("gpt2", n_embd=20, n_inner=28).bfloat16().to(device())
         blocks = model.transformer.h
     else:
         model = tiny_models.build("llama", hidden_size=24, intermediate_size=28).bfloat16()
+        model = model.to(device())
         blocks = model.model.layers
     if sharded:
         from torch.distributed.fsdp import fully_shard
@@ -588,7 +599,7 @@ def run_bits(sharded: bool, options: dict[str, Any], conv: bool) -> dict[str, Te
         fully_shard(model)
     optimizer = OwLore(model, **OPTIONS | {"scores": None, "distribution": "uniform"} | options)
     for step in range(3):
-        model(**tiny_models.batch(seed=step))
+        model(**{key: value.to(device()) for key, value in tiny_models.batch(seed=step).items()})
         same_gradients(model, optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -866,3 +877,104 @@ def test_a_full_disk_loses_that_checkpoint_alone(tmp_path):
     train(model, optimizer, range(3, 6), None)
     for name, weight in want.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, **TRAINING_FLOAT64)
+
+
+# NCCL, a GPU for each rank.
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def part_ddp() -> None:
+    compare_with_one_process(list(CASES), gathered(run_ddp(list(CASES), "before")))
+
+
+def part_fsdp2() -> None:
+    compare_with_one_process(list(CASES), gathered(run_fsdp(list(CASES))))
+
+
+def part_bits() -> None:
+    """Shards in bfloat16 with the kernels, from the same gradients."""
+    for (options, conv), found, want in zip(
+        BITS, run_all_bits(True), run_all_bits(False), strict=True
+    ):
+        assert_equal(found, want, f"{options}, conv {conv}")
+
+
+def part_mixed_precision() -> None:
+    for options in BOTH_PATHS:
+        weights, losses = run_mixed(options)
+        assert losses[-1] < losses[0] - 0.5
+        for other in gathered(weights):
+            assert_equal(other, weights, str(options))
+
+
+def part_bytes() -> None:
+    if torch.distributed.get_world_size() == 1:
+        return
+    for sharded in (False, True):
+        counts = run_bytes({}, sharded)
+        for (sums, _), key in zip(counts["steps"], ("Y", "R"), strict=True):
+            assert len(sums) == 1
+            assert counts[key] <= sums[0] <= counts[key] + 256 * 30
+
+
+def part_resume(folder: str, strategy: str) -> None:
+    """In the middle of an interval, in bfloat16 with the kernels, to the bit."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for options in BOTH_PATHS:
+        options = options | {"state": "offload", "moments": "bf16"}
+        place = f"{folder}/{strategy}-{options.get('gradient', 'projected')}"
+        whole = resumable(place, options, strategy, [6])
+        assert_equal(resumable(place, options, strategy, [], 6), whole, place)
+        for other in gathered(whole[0]):
+            assert_equal(other, whole[0], place)
+    torch.use_deterministic_algorithms(False)
+
+
+def part_nan() -> None:
+    for strategy in ("ddp", "fsdp2"):
+        results = gathered([(weights, fine) for weights, _, fine in run_nan(strategy)])
+        for other in results:
+            assert_equal(other, results[0], strategy)
+            assert all(fine for _, fine in other)
+
+
+def run_nccl(folder: str, names: list[str]) -> dict[str, str]:
+    """What failed of each part; empty where nothing did."""
+    failed = {}
+    for name in names:
+        kind, _, strategy = name.partition(" ")
+        part = globals()[f"part_{kind}"]
+        began = time.monotonic()
+        try:
+            part(folder, strategy) if strategy else part()
+            failed[name] = ""
+        except Exception:
+            failed[name] = traceback.format_exc()
+        # A rank that hangs takes its answer along.
+        state = "failed" if failed[name] else "passed"
+        print(f"{name}: {state} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return failed
+
+
+PARTS = ["ddp", "fsdp2", "bits", "mixed_precision", "bytes", "resume ddp", "resume fsdp2", "nan"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2])
+def test_nccl(count, tmp_path, monkeypatch):
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA devices; torch sees {torch.cuda.device_count()}")
+    monkeypatch.setenv("OWLORE_DEBUG", "1")
+    # On one rank nothing is averaged, and shards are whole.
+    parts = PARTS if count > 1 else ["fsdp2", "bits", "resume fsdp2"]
+    answers = ranks.run(
+        run_nccl, str(tmp_path), parts, ranks=count, timeout=60, backend="nccl", wait=280
+    )
+    failed = [text for answer in answers for text in answer.values() if text]
+    assert not failed, "\n".join(failed)
