@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 SIDES = ("std", "left", "right", "reverse", "auto")
 DISTRIBUTIONS = ("outlier", "uniform", "decrease", "increase", "reverse", "weight_norm")
+RANK_DISTRIBUTIONS = ("even", "probability")
 DRAWS = ("sequential", "inclusion")
 GRADIENTS = ("projected", "dense")
 BASES = ("subspace", "svd", "random")
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     scale: float
     blocks: int | str
     rank: int | None
+    rank_distribution: str
     interval: int
     distribution: Distribution
     draw: str
@@ -93,6 +95,11 @@ class OwLoreConfig:
     scale: float = option(1.0, "factor on the low-rank update (GaLore's alpha)")
     blocks: int | str = option(5, "decoder blocks that train at a time (gamma), or 'all'")
     rank: int | None = option(128, "rank of the subspace; 'none' trains drawn blocks densely")
+    rank_distribution: str = option(
+        "even",
+        "rank of each block: the same, or as its probability is, with `rank` the mean",
+        RANK_DISTRIBUTIONS,
+    )
     interval: int = option(50, "optimizer steps between draws")
     distribution: Distribution = option(
         "outlier",

@@ -8,7 +8,7 @@ import operator
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -289,7 +289,10 @@ class OwLore(Optimizer):
         before = {entry.name: entry.param.requires_grad for entry in layout.entries}
         for hook in earlier.values():
             before.update(hook.flags)
-        members, dense = _choose_members(layout, given, before)
+        ranks = None
+        if given.rank is not None and given.rank_distribution == "probability":
+            ranks = sampling.spread_rank(p, given.rank)
+        members, dense = _choose_members(layout, given, before, ranks)
         self._p = _without_frozen_blocks(p, members)
         drawable = int((self._p > 0).sum())
         self._gamma = drawable if given.blocks == "all" else int(given.blocks)
@@ -1313,9 +1316,18 @@ def _without_frozen_blocks(p: np.ndarray, members: list[_Member]) -> np.ndarray:
 
 
 def _choose_members(
-    layout: blocks.Layout, config: OwLoreConfig, trainable: dict[str, bool]
+    layout: blocks.Layout,
+    config: OwLoreConfig,
+    trainable: dict[str, bool],
+    ranks: Sequence[int] | None,
 ) -> tuple[list[_Member], dict[str, str]]:
     """The parameters that train, in the model's order, each with side and rank.
+
+    Args:
+        layout: Where the model's parameters are.
+        config: The options.
+        trainable: Whether each parameter may train, by name.
+        ranks: Rank of each block's matrices, or None for the same in all.
 
     Returns:
         The members; and why the gradient of a low-rank weight is formed all the same, by name.
@@ -1350,7 +1362,8 @@ def _choose_members(
         if choice == "lowrank" and entry.param.dim() == 2:
             if config.rank is None:
                 raise ValueError(f"rank: {entry.role}='lowrank' needs a rank, got None")
-            rank = min(config.rank, *entry.param.shape)
+            own = config.rank if ranks is None or entry.block is None else ranks[entry.block]
+            rank = min(own, *entry.param.shape)
             obstacle = None
             if config.gradient == "projected":
                 obstacle = projected.obstacle(entry.module)
@@ -1530,6 +1543,14 @@ def _describe(
     if idle:
         numbers = ", ".join(map(str, idle))
         lines.append(f"not trained, and never drawn: blocks {numbers}, whose weights are frozen")
+    if config.rank is not None and config.rank_distribution != "even":
+        ranks = [0] * len(layout.blocks)
+        for member in members:
+            if member.entry.block is not None:
+                ranks[member.entry.block] = max(ranks[member.entry.block], member.rank)
+        text = ", ".join(map(str, ranks))
+        lines.append(f"rank of each block: {text}; less where a weight's smaller side is less")
+        return lines
     clamped: dict[str, int] = {}
     for member in members:
         if config.rank is not None and member.side is not None and member.rank < config.rank:

@@ -95,6 +95,31 @@ def probabilities(
     return (1 - floor) * p + floor / n
 
 
+def spread_rank(p: np.ndarray, rank: int) -> list[int]:
+    """Spreads a rank over blocks in proportion to their probabilities.
+
+    Ranks are multiples of 16 where the mean is one, since kernels pad to these; no block has less
+    than one such multiple, and the sum of all ranks is that of even ones.
+
+    Args:
+        p: Probabilities. [L]
+        rank: The mean rank.
+
+    Returns:
+        The rank of each block.
+    """
+    unit = 16 if rank % 16 == 0 else 1
+    total = rank // unit * len(p)
+    # One to each, and the rest in proportion to what a share holds above that.
+    spare = np.maximum(p * total - 1, 0.0)
+    if spare.sum() > 0:
+        spare *= (total - len(p)) / spare.sum()
+    units = np.floor(spare).astype(int)
+    largest = np.argsort(units - spare, kind="stable")
+    units[largest[: total - len(p) - units.sum()]] += 1
+    return [unit * int(1 + extra) for extra in units]
+
+
 def check_drawable(p: np.ndarray, gamma: int) -> None:
     """Raises ValueError unless gamma distinct blocks can be drawn from p."""
     if gamma > len(p):

@@ -27,6 +27,7 @@ DEFAULTS = {
     "scale": 1.0,
     "blocks": 5,
     "rank": 128,
+    "rank_distribution": "even",
     "interval": 50,
     "distribution": "outlier",
     "draw": "sequential",
@@ -54,6 +55,7 @@ DEFAULTS = {
     "blocks_path": None,
 }
 CHOICES = {
+    "rank_distribution": ("even", "probability"),
     "draw": ("sequential", "inclusion"),
     "side": ("std", "left", "right", "reverse", "auto"),
     "gradient": ("projected", "dense"),

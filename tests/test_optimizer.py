@@ -341,6 +341,19 @@ def test_the_rank_of_a_step_is_the_rank(tiny_llama):
             assert torch.linalg.matrix_rank(difference.double(), rtol=1e-4) == 4
 
 
+def test_ranks_follow_the_probabilities_of_blocks(tiny_llama):
+    options = {**SMALL, "blocks": "all", "rank_distribution": "probability"}
+    optimizer = OwLore(tiny_llama, **options)
+    train_step(tiny_llama, optimizer, 0)
+    found = {
+        block: optimizer.state[tiny_llama.model.layers[block].mlp.up_proj.weight]["basis"].shape[1]
+        for block in range(4)
+    }
+    # Scores .1, .4, .2 and .3 share 16.
+    assert found == {0: 2, 1: 6, 2: 3, 3: 5}
+    assert "rank of each block: 2, 6, 3, 5; " in "\n".join(optimizer.describe())
+
+
 def test_a_rank_above_the_smaller_side_is_clamped_and_named(tiny_llama):
     optimizer = OwLore(tiny_llama, **{**SMALL, "rank": 24})
     text = "\n".join(optimizer.describe())

@@ -94,6 +94,18 @@ def test_missing_scores_name_the_command(distribution):
         sampling.probabilities(distribution, 3)
 
 
+def test_rank_follows_the_probabilities_at_the_same_sum():
+    assert sampling.spread_rank(np.full(6, 1 / 6), 128) == [128] * 6
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    # Shares of 4 x 128: 204.8, 153.6, 102.4, 51.2.
+    assert sampling.spread_rank(p, 128) == [208, 160, 96, 48]
+    assert sampling.spread_rank(p, 10) == [16, 12, 8, 4]
+    # A block that is hardly ever drawn keeps the smallest rank, which the others pay for.
+    ranks = sampling.spread_rank(np.array([0.97, 0.01, 0.01, 0.01]), 64)
+    assert ranks == [208, 16, 16, 16]
+    assert sampling.spread_rank(p, 1) == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("method", ["sequential", "inclusion"])
 def test_too_few_blocks_with_a_probability(method):
     p = np.array([0.5, 0.5, 0.0, 0.0])
