@@ -308,8 +308,9 @@ def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
 
         # DDP wants its own annotations, or none.
         def hook(state, bucket):  # type: ignore[no-untyped-def]
-            buckets.append(bucket.buffer().nbytes)
-            done: Any = torch.futures.Future()
+            buffer = bucket.buffer()
+            buckets.append(buffer.nbytes)
+            done: Any = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
             done.set_result(bucket.buffer())
             return done
 
