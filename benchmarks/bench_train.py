@@ -2,6 +2,8 @@
 
     python benchmarks/bench_train.py --json benchmarks/results/h100/train.json
     python benchmarks/bench_train.py --cases lora --budget 120 --no-plan --json some.json
+    python benchmarks/bench_train.py --cases 8x512 --json some.json
+    python benchmarks/bench_train.py --cases 16x512/owlore/32-blocks/freeze 16x512/peft --compile
     python benchmarks/bench_train.py --plans some.json
     python benchmarks/bench_train.py --small --device cpu
 
@@ -23,7 +25,12 @@ fine-tuning), peft-lora (all linear layers but the head, bfloat16 adapters, Adam
 embed-head-only (blocks frozen: the floor of what trains embedding and head). Weights are bfloat16
 everywhere, and so are the states of AdamW. Blocks are drawn uniformly; where embedding and head are
 frozen they are spread evenly over the model, the first among them, so that backward has no short
-way (chosen says which).
+way (chosen says which). Rows named from-4 have the lowest of five blocks where a uniform draw has
+it on average, (32 + 1) / 6 - 1 = 4.5, rounded down. LoRA trains no norms; rows named norms-freeze
+train none either.
+
+Rows of 8x512 tokens are one table for each model: all methods, with the time of each method's SVDs
+or refreshes at its own interval (200 steps, or the draws' 50).
 """
 
 from __future__ import annotations
@@ -77,6 +84,7 @@ class Case:
     # Blocks that train, instead of draws; backward through all blocks though none below trains.
     chosen: tuple[int, ...] | None = None
     through: bool = False
+    norms: str = "full"
 
     @property
     def name(self) -> str:
@@ -84,8 +92,10 @@ class Case:
         parts = [
             self.model, self.tokens, self.provider, f"{self.blocks}-blocks", self.embeddings,
             self.moments, self.side, "checkpointed" if self.checkpointing else "stored",
-            *(["top"] if self.chosen else []), *(["through"] if self.through else []),
+            *([f"from-{self.chosen[0]}"] if self.chosen else []),
+            *(["through"] if self.through else []),
             *([f"every-{self.refresh_every}"] if self.refresh_every else []),
+            *(["norms-freeze"] if self.norms == "freeze" else []),
         ]  # fmt: skip
         return "/".join(parts)
 
@@ -110,6 +120,8 @@ def cases() -> list[Case]:
     lisa = replace(small, provider="lisa", blocks=2, rank=0, moments="bf16")
     top = replace(small, blocks=4, moments="bf16", embeddings="freeze", chosen=(28, 29, 30, 31))
     long = [replace(case, tokens="16x512") for case in (*memory[4:], lora)]
+    average = replace(long[1], chosen=(4, 10, 15, 21, 26))
+    no_norms = replace(long[0], norms="freeze")
     found = [
         *memory, galore, lora, top, replace(top, through=True), floor,
         replace(large, blocks=32, moments="bf16"),
@@ -120,14 +132,22 @@ def cases() -> list[Case]:
         *(replace(case, side="reverse") for case in memory),
         lisa, replace(small, provider="owlore-dense"), full,
         replace(galore, tokens="16x512"),
+        *(replace(case, checkpointing=on) for on in (True, False) for case in (average, no_norms)),
     ]  # fmt: skip
+    table = [
+        replace(memory[3], refresh_every=200), replace(memory[0], refresh_every=50), lora, galore,
+        full, lisa, floor, replace(memory[4], refresh_every=200),
+        replace(memory[5], refresh_every=50),
+    ]  # fmt: skip
+    table = [replace(case, tokens="8x512") for case in table]
+    found += table
     for model, blocks in (("llama3-8b", 32), ("qwen3-4b", 36)):
         others = [memory[0], memory[3], memory[4], lora, galore]
         # Where keys and values are narrow, as here but not in LLaMA-2-7B, auto is not std.
         others += [replace(memory[3], side=side) for side in ("reverse", "auto")]
         found += [
             replace(case, model=model, blocks=blocks if case.blocks == 32 else case.blocks)
-            for case in others
+            for case in (*others, *table)
         ]
     return found
 
@@ -175,6 +195,7 @@ def owlore_config(case: Case, period: int, count: int) -> tuple[OwLoreConfig, tu
     config = OwLoreConfig(
         lr=1e-4, blocks=case.blocks, rank=case.rank or None, distribution="uniform",
         side=case.side, moments=case.moments, embeddings=case.embeddings, head=case.embeddings,
+        norms=case.norms,
         gradient="dense" if case.provider == "owlore-dense" else "projected",
         interval=NEVER if chosen else period, refresh_interval=period if chosen else NEVER,
     )  # fmt: skip
@@ -328,6 +349,7 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
     if args.compile:
         for block in model.model.layers:
             block.compile()
+        torch._dynamo.utils.counters.clear()
     provider = Provider(case, model, period)
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.vocab_size
@@ -375,6 +397,10 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
         refresh_ms = statistics.median(times[i] for i in refreshing) - step_ms
     paid = step_ms + (refresh_ms or 0.0) / case.refresh_every if case.refresh_every else step_ms
     extra = provider.extra
+    if case.norms == "freeze":
+        extra["norms"] = "freeze"
+    if args.compile:
+        extra["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     provider.restore()
     del provider, loss, batches, old, probe
     if args.compile:
@@ -430,7 +456,7 @@ def planned_gib(row: dict[str, Any], small: bool) -> float:
     case = Case(
         row["model"], row["tokens"], row["provider"], row["blocks"], row["rank"],
         row["embeddings"], row["moments"], row["checkpointing"], row["side"] or "std",
-        chosen=None if chosen is None else tuple(chosen),
+        chosen=None if chosen is None else tuple(chosen), norms=row.get("norms", "full"),
     )  # fmt: skip
     config = model_config(case.model, small)
     options, active = owlore_config(case, 6, config.num_hidden_layers)
@@ -482,7 +508,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
             if other is not None and other.get("chosen") == row.get("chosen"):
                 texts.append(f"backward through all {row['step_ms'] / other['step_ms']:.2f}x step")
         what = (row["model"], row["tokens"], row["blocks"], row["embeddings"], row["moments"],
-                row["side"], "checkpointed" if row["checkpointing"] else "stored")  # fmt: skip
+                row["side"], "checkpointed" if row["checkpointing"] else "stored",
+                *([f"from {row['chosen'][0]}"] if row.get("chosen") else []),
+                *(["norms frozen"] if row.get("norms") == "freeze" else []))  # fmt: skip
         if row["planned_gib"] and row["peak_gib"]:
             texts.append(f"plan {row['planned_gib'] / row['peak_gib']:.3f}x measured")
         print(" ".join(map(str, what)) + ": " + "; ".join(texts), flush=True)
@@ -529,7 +557,7 @@ def main() -> None:
             model = svds = None
             gc.collect()
             if args.device == "cuda":
-                torch.cuda.empty_cache()
+                forget_scratch()
             model, built = build(config, args.device), case.model
             bare = torch.cuda.memory_allocated() if args.device == "cuda" else 0
         count = config.num_hidden_layers
@@ -539,6 +567,12 @@ def main() -> None:
             row = run(case, model, bare, args)
         except ImportError as error:
             print(f"{case.name}: {error}", flush=True)
+            continue
+        except torch.OutOfMemoryError:
+            # What the case left on the model is gone with it.
+            print(f"{case.name}: out of memory", flush=True)
+            model = svds = None
+            built = ""
             continue
         if case.provider == "galore-torch":
             svds = svds or svd_ms(model, args.device)

@@ -80,3 +80,53 @@ def test_a_case_leaves_the_model_as_it_was(bench: Any, provider: str) -> None:
     assert [name for name, _ in model.named_parameters()] == names
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, nn.Embedding))
+
+
+@pytest.mark.parametrize("model", ["llama2-7b", "llama3-8b", "qwen3-4b"])
+def test_a_table_holds_every_method_with_its_own_interval(bench: Any, model: str) -> None:
+    table = [case for case in bench.cases() if case.model == model and case.tokens == "8x512"]
+    assert {case.provider for case in table} == {
+        "owlore", "peft-lora", "galore-torch", "adamw-fused", "lisa", "embed-head-only",
+    }  # fmt: skip
+    blocks = bench.planner.SHAPES[model][1]["num_hidden_layers"]
+    for case in table:
+        every = {5: 50, blocks: 200}.get(case.blocks)
+        assert case.refresh_every == (every if case.provider == "owlore" else None)
+
+
+def test_a_table_runs_at_once_and_is_planned(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "train.json"
+    words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases"]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *words, "qwen3-4b/8x512"])
+    run, failed = bench.run, []
+
+    def once_out_of_memory(case: Any, *args: Any) -> dict[str, Any]:
+        if not failed:
+            failed.append(case.name)
+            raise bench.torch.OutOfMemoryError("no room")
+        return run(case, *args)
+
+    monkeypatch.setattr(bench, "run", once_out_of_memory)
+    bench.main()
+    _, *rows = json.loads(out.read_text())
+    assert "owlore" in failed[0]
+    assert len(rows) >= 6
+    ours = [row for row in rows if row["provider"] == "owlore"]
+    assert len(ours) == 3
+    for row in ours:
+        # tokens_per_s counts a share of a refresh.
+        tokens = row["step_ms"] + row["refresh_ms"] / row["refresh_every"]
+        assert row["tokens_per_s"] == pytest.approx(2 * 32 / tokens * 1e3)
+        assert 0 < bench.planned_gib(row, small=True) < 0.1
+
+
+def test_a_case_that_freezes_the_norms_trains_none(bench: Any) -> None:
+    model = bench.build(bench.model_config("llama2-7b", small=True), "cpu")
+    case = next(c for c in bench.cases() if c.norms == "freeze")
+    made = bench.Provider(bench.shrunk(case, 4, 32), model, period=4)
+    ids = bench.torch.arange(32)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if "norm" in name and p.requires_grad]
+    made.restore()
