@@ -112,6 +112,7 @@ MAIN = (
 )  # fmt: skip
 # Variants among which the validation split chooses the one that is compared.
 CANDIDATES = {"owlore": ("default", "blocks=10", "blocks=all", "blocks=all,side=auto")}
+# What is asked for most stands first: a table cut short lacks the rest.
 CONTROLS = [
     ("full", "default"), ("owlore", "default"), ("owlore", "blocks=all"), ("uniform", "default"),
     ("reverse", "default"), ("decrease", "default"),
@@ -121,14 +122,25 @@ CONTROLS = [
             "blocks=2", "blocks=10", "rank=16", "rank=32", "rank=64", "rank=256",
             # Few blocks at high rank have the state of all blocks at a sixth of the rank.
             "blocks=all,rank=16", "blocks=all,rank=32", "blocks=all,rank=64", "blocks=all,rank=256",
-            "interval=10", "interval=200", "threshold=13", "threshold=auto", "floor=0.2",
-            "draw=inclusion", "side=reverse", "side=auto", "state=keep", "gradient=dense",
-            "basis=random,gradient=dense", "refresh=exact", "sketch_columns=1", "sketch_columns=4",
-            "weights=bf16,rounding=stochastic", "weights=bf16,rounding=nearest",
+            "interval=10", "interval=200", "side=reverse", "side=auto", "state=keep",
             "blocks=all,refresh_interval=50", "blocks=all,refresh_interval=50,on_refresh=reset",
             "blocks=all,refresh_interval=50,on_refresh=transport",
-            "blocks=all,side=reverse", "blocks=all,side=auto", "embeddings=freeze,head=freeze",
-            "blocks=all,embeddings=freeze,head=freeze",
+            "weights=bf16,rounding=stochastic", "weights=bf16,rounding=nearest",
+            "basis=random,gradient=dense", "draw=inclusion", "floor=0.2",
+            "blocks=all,side=reverse", "blocks=all,side=auto",
+            "blocks=all,rank_distribution=probability",
+            "blocks=all,rank=32,rank_distribution=probability",
+        )
+    ),
+    ("reverse", "blocks=all,rank=32,rank_distribution=probability"),
+    *(
+        ("owlore", variant)
+        for variant in (
+            "threshold=13", "threshold=auto", "embeddings=freeze,head=freeze",
+            "blocks=all,embeddings=freeze,head=freeze", "gradient=dense", "refresh=exact",
+            "sketch_columns=1", "sketch_columns=4",
+            # The same runs in another way: they differ by what rounding does.
+            "compile=none", "blocks=all,compile=none",
         )
     ),
 ]  # fmt: skip
@@ -250,6 +262,13 @@ def kind(job: Job) -> tuple[Any, ...]:
     return (job.task, "projected", weights, *(options.get(name) for name in names))
 
 
+def in_pieces(job: Job) -> bool:
+    """Whether a run's blocks are better not compiled."""
+    # Ranks that differ by block would need a graph each; the other two break a block into pieces.
+    reasons = ("rank_distribution", "refresh=exact", "compile=none")
+    return job.method == "dora" or any(reason in job.variant for reason in reasons)
+
+
 class Data(NamedTuple):
     """A task's rows for training and for one evaluation."""
 
@@ -318,6 +337,7 @@ class Bench:
         device = torch.device(args.device)
         options = {**METHODS[job.method], **parse_variant(job.variant)}
         weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
+        options.pop("compile", None)
         data = self.data(job.task, job.split)
         _, length, lines = SPLITS[job.task]
         batches = [
@@ -349,7 +369,7 @@ class Bench:
             "state_mib": (result.state_bytes + extra) / 2**20,
             "seconds": result.seconds, "trained_parameters": trained, "steps": len(batches),
             "train_loss": result.loss, "weights": weights, "captures": result.captures,
-            "compiled": compiled,
+            "compiled": compiled, "model": Path(args.model).name,
             "eval_seconds": time.perf_counter() - began, "chosen": job.chosen,
             "train_rows": len(data.train), "dropped_rows": sum(data.dropped.values()),
             "eval_rows": len(data.questions),
@@ -364,8 +384,7 @@ class Bench:
         """
         cuda = self.args.device == "cuda"
         refused = repr(kind(job)) in self.claims.noted("uncompiled")
-        pieces = job.method == "dora" or "refresh=exact" in job.variant
-        simplest = refused or pieces or self.args.no_compile or not cuda
+        simplest = refused or in_pieces(job) or self.args.no_compile or not cuda
         ways = [
             (compiled, graphs and cuda and not self.args.no_graphs)
             for compiled, graphs in WAYS
