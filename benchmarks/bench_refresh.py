@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008", "11008x4096"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256])
-    # The matrices of one shape in five LLaMA blocks: 20 square ones, 15 of 4096 x 11008 either way.
-    parser.add_argument("--batch", type=int, default=15)
+    # In one LLaMA block 4 matrices are square and 3 of 4096 x 11008 either way; in five, 20 and 15.
+    parser.add_argument("--batches", nargs="+", type=int, default=[5, 15])
     parser.add_argument("--gradients")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -63,38 +63,40 @@ def main() -> None:
             shape = f"{G.shape[0]}x{G.shape[1]} {name}"
             cases.append((shape, "smollm2", G.to(args.device)))
     for case, spectrum, G in cases:
-        grads = [G.clone() for _ in range(args.batch)]
+        grads = [G.clone() for _ in range(max(args.batches))]
         side = projection.choose_side(*G.shape, "std")
         exact = torch.linalg.svdvals(G.double())
         for rank in args.ranks:
             r = min(rank, *G.shape)
 
-            def refresh(grads=grads, r=r, side=side):
-                count = len(grads)
-                return projection.refresh_bases(
-                    grads, [r] * count, [side] * count, [None] * count, list(range(count)),
-                    method="subspace", power_iterations=2, oversampling=8,
-                )  # fmt: skip
+            for batch in args.batches:
 
-            bases, energies, _ = refresh()
-            energy = captured(G, bases[0], side)
-            ratio = energy / float(exact[:r].square().sum())
-            total = float(G.double().square().sum())
-            if abs(float(energies[0]) - energy / total) > 0.01:
-                raise SystemExit(f"{case}: energy {energy / total} is not {float(energies[0])}")
-            if args.device == "cuda":
-                torch.cuda.set_sync_debug_mode("error")
-                refresh()
-                torch.cuda.set_sync_debug_mode("default")
-            timing = common.measure([refresh], args.device, repeats=8, graph=False)
-            rows.append(
-                {
-                    "bench": "refresh", "case": case, "provider": "owlore", "rank": r,
-                    "ms_per_matrix": timing.ms / args.batch, "energy_ratio": ratio,
-                    "spectrum": spectrum, "batch": args.batch,
-                }
-            )  # fmt: skip
-            common.show(rows[-1])
+                def refresh(grads=grads[:batch], r=r, side=side):
+                    count = len(grads)
+                    return projection.refresh_bases(
+                        grads, [r] * count, [side] * count, [None] * count, list(range(count)),
+                        method="subspace", power_iterations=2, oversampling=8,
+                    )  # fmt: skip
+
+                bases, energies, _ = refresh()
+                energy = captured(G, bases[0], side)
+                ratio = energy / float(exact[:r].square().sum())
+                total = float(G.double().square().sum())
+                if abs(float(energies[0]) - energy / total) > 0.01:
+                    raise SystemExit(f"{case}: energy {energy / total}, not {float(energies[0])}")
+                if args.device == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                    refresh()
+                    torch.cuda.set_sync_debug_mode("default")
+                timing = common.measure([refresh], args.device, repeats=8, graph=False)
+                rows.append(
+                    {
+                        "bench": "refresh", "case": case, "provider": "owlore", "rank": r,
+                        "ms_per_matrix": timing.ms / batch, "energy_ratio": ratio,
+                        "spectrum": spectrum, "batch": batch,
+                    }
+                )  # fmt: skip
+                common.show(rows[-1])
         if spectrum == "power-0.5" and args.device == "cuda":
             svd = common.measure(
                 [lambda G=G: torch.linalg.svd(G.float(), full_matrices=False)],
