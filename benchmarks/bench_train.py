@@ -521,8 +521,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument(
-        "--cases", nargs="+", metavar="TEXT", help="only cases whose name has one of these in it"
-    )
+        "--cases", nargs="+", metavar="TEXT",
+        help="only cases whose name, with a $ at its end, has one of these in it",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--compile", action="store_true", help="compile every decoder block")
     parser.add_argument("--budget", type=float, default=NEVER, help="seconds; then no new case")
@@ -533,7 +534,9 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     chosen = [
-        case for case in cases() if args.cases is None or any(t in case.name for t in args.cases)
+        case
+        for case in cases()
+        if args.cases is None or any(text in f"{case.name}$" for text in args.cases)
     ]
     if args.list:
         print("\n".join(case.name for case in chosen))

@@ -47,7 +47,7 @@ def test_rows_have_the_agreed_fields(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "train.json"
-    chosen = ["7b/1x2048/owlore/5-blocks/freeze/bf16/std/checkpointed", "7b/1x2048/embed"]
+    chosen = ["7b/1x2048/owlore/5-blocks/freeze/bf16/std/checkpointed$", "7b/1x2048/embed"]
     words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases", *chosen]
     monkeypatch.setattr(sys, "argv", ["bench_train.py", *words])
     bench.main()

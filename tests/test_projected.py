@@ -1123,6 +1123,23 @@ def test_cuda_equals_the_dense_path_on_the_same_bases(tiny_llama, dtype, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", [projected.BASIS, projected.SKETCH])
+def test_cuda_checkpointing_changes_no_gradient(mode):
+    model = Twice(mode).to("cuda")
+    name = COORDINATES if mode == projected.BASIS else SKETCH
+    for linear in (model.first, model.second):
+        linear._owlore.basis = linear._owlore.basis.cuda()
+    x = torch.randn(3, T, N, device="cuda", requires_grad=True)
+    found = []
+    for way in (lambda model, x: model(x), again):
+        way(model, x).square().sum().backward()
+        found.append([x.grad, *(getattr(m, name).grad for m in (model.first, model.second))])
+        x.grad = model.first._parameters[name].grad = model.second._parameters[name].grad = None
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.gpu
 def test_cuda_steps_do_not_wait_for_the_device(tiny_llama):
     model = tiny_llama.to("cuda", torch.bfloat16)
     optimizer = OwLore(
