@@ -497,6 +497,37 @@ def test_table_configurations_on_the_gpu(side, r, projected):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["row", "column"])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("r", [64, 128, 256])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_table_configurations_on_shards_on_the_gpu(side, r, stochastic, layout):
+    """A view with the strides of the whole matrix, in tiles that are all whole: those that ask for
+    memory ahead of time walk down several, and the bits are those of the whole matrix.
+    """
+    W, G, P, M, V = matrices(1536, 1024, r, side, torch.bfloat16, layout=layout)
+    R = (P.float().T @ G.float() if side == "left" else G.float() @ P.float()).contiguous()
+    options = {"stochastic": stochastic, "projected": True}
+    whole, _ = step(lowrank_adam.launch_lowrank_adam, [(W, R, P, M, V)], [side], **options)
+    row, col = 512, 256
+    place = (slice(row, None), slice(col, None))
+    if side == "left":
+        lines, P = (slice(None), slice(col, None)), P[row:].contiguous()
+    else:
+        lines, P = (slice(row, None), slice(None)), P[col:].contiguous()
+    shard = (W[place], R[lines].contiguous(), P, M[lines].contiguous(), V[lines].contiguous())
+    begins = {"first_rows": [row], "first_columns": [col]}
+    got, flags = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options, **begins)
+    assert_close_to_float64(got, [shard], [side], **options)
+    assert flags.tolist() == [0]
+    for k, part in enumerate((place, lines, lines)):
+        assert torch.equal(got[0][k], whole[0][k][part])
+    if stochastic:
+        other, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options)
+        assert not torch.equal(other[0][0], got[0][0])
+
+
+@pytest.mark.gpu
 def test_rounding_is_unbiased():
     """The mean error over 10^6 roundings lies within four standard errors of zero."""
     W, G, P, M, V = matrices(1024, 1024, 16, "left", torch.bfloat16)
