@@ -385,12 +385,12 @@ class Bench:
         cuda = self.args.device == "cuda"
         refused = repr(kind(job)) in self.claims.noted("uncompiled")
         simplest = refused or in_pieces(job) or self.args.no_compile or not cuda
-        ways = [
+        ways = list(dict.fromkeys(
             (compiled, graphs and cuda and not self.args.no_graphs)
             for compiled, graphs in WAYS
             if not (compiled and simplest)
-        ]
-        ways = list(dict.fromkeys(ways))[min(starts, len(ways) - 1) :]
+        ))  # fmt: skip
+        ways = ways[min(starts, len(ways) - 1) :]
         for number, (compiled, graphs) in enumerate(ways):
             try:
                 return self.run(job, compiled, graphs)

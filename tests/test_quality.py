@@ -333,6 +333,9 @@ def test_a_run_that_fails_is_run_in_a_simpler_way(tmp_path: Path, monkeypatch) -
     bench.run_somehow(job._replace(method="owlore"), starts=1)
     bench.run_somehow(job._replace(method="uniform"), starts=7)
     assert tried == [(False, True), (False, False)]
+    bench.args.device = "cpu"
+    bench.run_somehow(job, starts=2)
+    assert tried[2:] == [(False, False)]
 
 
 def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
