@@ -121,6 +121,12 @@ def test_a_shard_takes_the_bits_of_the_whole_parameter(row, col):
         assert not torch.equal(plain[0], ours[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("row", "col"), [(0, 24), (5, 0), (7, 13)])
+def test_shards_on_the_gpu(row, col):
+    test_a_shard_takes_the_bits_of_the_whole_parameter(row, col)
+
+
 def test_prepared_steps_follow_gradients_that_move():
     """Bit for bit what the op does; 700 x 24 has several tiles."""
     W, G, M, V = parameters([(700, 24), (5, 7), "T", (0, 3)], torch.bfloat16, torch.bfloat16)

@@ -502,8 +502,9 @@ def test_table_configurations_on_the_gpu(side, r, projected):
 @pytest.mark.parametrize("r", [64, 128, 256])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_table_configurations_on_shards_on_the_gpu(side, r, stochastic, layout):
-    """A view with the strides of the whole matrix, in tiles that are all whole: those that ask for
-    memory ahead of time walk down several, and the bits are those of the whole matrix.
+    """The bits are those of the whole matrix, whose strides the view keeps.
+
+    All tiles are whole and a program walks down several, so that memory is asked for ahead of time.
     """
     W, G, P, M, V = matrices(1536, 1024, r, side, torch.bfloat16, layout=layout)
     R = (P.float().T @ G.float() if side == "left" else G.float() @ P.float()).contiguous()
