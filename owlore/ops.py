@@ -379,6 +379,8 @@ class _Step:
         for i, G in enumerate(grads):
             if G.device != device:
                 _expect(False, f"grads[{i}]", f"device {device}", G.device)
+        if self._options.get("projected"):
+            grads = [R.contiguous() for R in grads]
         if device.type == "cuda" and self._launch(grads, hyper):
             return
         params, *states = self._lists

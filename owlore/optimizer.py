@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from typing_extensions import Unpack
 
 from owlore import blocks, checkpoints, distributed, ops, projected, projection, sampling
@@ -53,6 +55,7 @@ class _Member:
         "rank",
         "side",
         "sketch",
+        "skipped",
         "spread",
         "stream",
     )
@@ -68,6 +71,8 @@ class _Member:
         self.always = entry.block is None
         self.stream = zlib.crc32(entry.name.encode())
         self.group: dict[str, Any] = {}
+        # Steps in which non-finite gradients were skipped, on the weight's device. [], int32.
+        self.skipped: Tensor | None = None
         # How FSDP2 spreads the weight.
         self.spread = distributed.spread_of(entry.name, entry.param)
 
@@ -165,14 +170,17 @@ class _Member:
 class _Ready(NamedTuple):
     """A step of some members of a bucket, prepared."""
 
+    # Indices of the members in the bucket: those that have a gradient.
+    have: tuple[int, ...]
     members: list[_Member]
     states: list[dict[str, Any]]
-    steps: list[Tensor]
     # Where each weight is looked up, and where it was.
     holders: list[Mapping[str, Any]]
     addresses: list[int]
-    device: torch.device
-    slots: Tensor
+    # One number a member. The states' `step` and the members' `skipped` are views of these, so that
+    # one launch counts for all.
+    steps: Tensor
+    skipped: Tensor
     flags: Tensor
     step: Callable[..., None]
 
@@ -188,16 +196,16 @@ class _Before(NamedTuple):
 class _Bucket:
     """Members that share one call of an op: same device, dtypes, group, path and decay."""
 
-    def __init__(self, members: list[_Member], slots: list[int]) -> None:
+    def __init__(self, members: list[_Member]) -> None:
         self.members = members
-        self.slots = slots
+        self.block_weights = members[0].entry.role == blocks.BLOCKS
+        self.transposed = any(member.entry.transposed for member in members)
         self.decays = members[0].weight.dim() >= 2
         self.projects = members[0].projection is not None
         self.spread = any(member.spread is not None for member in members)
         # Whether R is the sum of what the ranks' parts of G give.
         self.sums = members[0].side is not None and members[0].crosses and not self.projects
-        # By the indices of the members that have a gradient.
-        self.ready: dict[tuple[int, ...], _Ready] = {}
+        self.ready: _Ready | None = None
 
 
 class _DrawHook:
@@ -336,14 +344,16 @@ class OwLore(Optimizer):
         # The step for which the layers' modes were set; they hold until step().
         self._modes_step = -1
         self._sketching = False
+        # Whether a layer's basis is to come from this step's backward: by a seed of that step.
+        self._awaits_bases = False
         # Whether a step takes more than one backward pass.
         self._accumulates = False
         self._buckets: list[_Bucket] | None = None
         self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
         self._energy: dict[str, Tensor] = {}
-        self._rng_steps: dict[torch.device, Tensor] = {}
+        # The step count on each device, and the one that is added to it.
+        self._rng_steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._lrs: dict[tuple[str, torch.device], tuple[Tensor, float]] = {}
-        self._skipped: dict[torch.device, Tensor] = {}
         self._warned: set[str] = set()
         self._reported_skips = 0
         self._detached = False
@@ -423,15 +433,7 @@ class OwLore(Optimizer):
 
         Taken when the basis was computed; by parameter name. Waits for the device.
         """
-        by_device: dict[torch.device, dict[str, Tensor]] = {}
-        for name, value in self._energy.items():
-            by_device.setdefault(value.device, {})[name] = value
-        shares: dict[str, float] = {}
-        for values in by_device.values():
-            # One transfer a device, not one a matrix.
-            numbers = torch.stack(list(values.values())).tolist()
-            shares.update(zip(values, numbers, strict=True))
-        return shares
+        return _read_together(self._energy)
 
     def nonfinite(self) -> dict[str, int]:
         """Number of steps in which a parameter's non-finite gradients were skipped, by its name.
@@ -439,13 +441,8 @@ class OwLore(Optimizer):
         Parameters without such a step are left out. Counted since construction or loading. Waits
         for the device.
         """
-        counts: dict[str, int] = {}
-        for device, skipped in self._skipped.items():
-            on_device = [m for m in self._members if m.weight.device == device]
-            for member, count in zip(on_device, skipped.tolist(), strict=True):
-                if count:
-                    counts[member.entry.name] = count
-        return counts
+        skipped = {m.entry.name: m.skipped for m in self._members if m.skipped is not None}
+        return {name: count for name, count in _read_together(skipped).items() if count}
 
     def memory(self) -> dict[str, int]:
         """Bytes held now.
@@ -559,7 +556,11 @@ class OwLore(Optimizer):
             self._see_accumulation()
             return
         self._read_pending()
-        self._sketching = False
+        if self._modes_step >= 0 and not self._awaits_bases:
+            # Every layer has the basis that it had.
+            self._modes_step = self._steps
+            return
+        self._sketching = self._awaits_bases = False
         for member in self._members:
             layer = member.projection
             if layer is None:
@@ -579,6 +580,7 @@ class OwLore(Optimizer):
                 layer.mode = projected.EXACT if member.sketch is None else projected.SKETCH
             sketches = layer.mode == projected.SKETCH
             self._sketching |= sketches
+            self._awaits_bases |= sketches or layer.mode == projected.EXACT
             member.param.requires_grad_(layer.mode != projected.OFF and not sketches)
             if member.sketch is not None:
                 member.sketch.requires_grad_(sketches)
@@ -586,6 +588,8 @@ class OwLore(Optimizer):
 
     def _see_accumulation(self) -> None:
         """Before a later forward pass of a step: R in bfloat16 is no place to sum gradients in."""
+        if self._accumulates and not self._awaits_bases:
+            return
         layers = [m for m in self._members if m.projection is not None and self._is_active(m)]
         for member in layers:
             if member.projection is not None and member.grad is None:
@@ -642,6 +646,28 @@ class OwLore(Optimizer):
 
     # The step.
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """As torch's, around which a step without hooks goes while no profiler runs.
+
+        The range that it opens for profilers costs the host as much as several launches.
+        """
+        watched = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: OwLore, *args: Any, **kwargs: Any) -> Any:
+            hooks = (
+                self._optimizer_step_pre_hooks,
+                self._optimizer_step_post_hooks,
+                _global_optimizer_pre_hooks,
+                _global_optimizer_post_hooks,
+            )
+            if any(hooks) or torch.autograd._profiler_enabled():
+                return watched(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the active blocks' weights and the parameters that always train.
@@ -686,8 +712,7 @@ class OwLore(Optimizer):
         self._read_pending()
         if self._buckets is None:
             self._buckets = self._build_buckets()
-        stepped = [bucket for bucket in self._buckets if self._step_bucket(bucket)]
-        if not any(bucket.members[0].entry.role == blocks.BLOCKS for bucket in stepped):
+        if not self._step_buckets(self._buckets):
             self._warn_once(
                 "step() found no gradient on any active block's weights, so no block was trained "
                 "(was backward() called? reentrant activation checkpointing without input "
@@ -696,8 +721,6 @@ class OwLore(Optimizer):
         if self._exchange.compares:
             self._exchange.compare(self._bases(), self._active)
         self._steps += 1
-        for rng_step in self._rng_steps.values():
-            rng_step.add_(1)
         return loss
 
     def _bases(self) -> dict[str, Tensor]:
@@ -736,58 +759,56 @@ class OwLore(Optimizer):
                 decays = weight.dim() >= 2
                 key = (member.group["name"], weight.device, weight.dtype, path, sums, decays)
                 shared.setdefault(key, []).append(member)
-        order = {id(m): i for _, on in self._by_device().items() for i, m in enumerate(on)}
-        buckets = []
-        for members in shared.values():
-            buckets.append(_Bucket(members, [order[id(m)] for m in members]))
-        return buckets
+        return [_Bucket(members) for members in shared.values()]
 
-    def _by_device(self) -> dict[torch.device, list[_Member]]:
-        devices: dict[torch.device, list[_Member]] = {}
-        for member in self._members:
-            devices.setdefault(member.weight.device, []).append(member)
-        return devices
+    def _step_buckets(self, buckets: list[_Bucket]) -> bool:
+        """Steps with every gradient that there is; what is counted takes three launches in all.
 
-    def _step_bucket(self, bucket: _Bucket) -> bool:
-        grads = [member.param.grad for member in bucket.members]
-        if self._sketching and bucket.projects:
-            sketched = [m for m in bucket.members if m.sketches and m.grad is not None]
-            self._refresh_from_sketches(sketched)
-        else:
-            sketched = []
-        have = tuple(i for i, grad in enumerate(grads) if grad is not None)
-        if not have:
-            return bool(sketched)
-        ready = bucket.ready.get(have)
-        if ready is None or not self._is_ready(ready):
-            ready = bucket.ready[have] = self._prepare(bucket, have)
-        inputs = [grad for grad in grads if grad is not None]
-        inputs = self._inputs(bucket, ready.members, inputs)
-        torch._foreach_add_(ready.steps, 1)
-        group = ready.members[0].group
-        beta1, beta2 = group["betas"]
-        self._device_lr(group, ready.device)
-        ready.step(
-            inputs,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"] if bucket.decays else 0.0,
-            scale=group["scale"],
-        )
-        if ready.members[0].side is not None:
-            for state in ready.states:
-                self._grow_older(state)
-        _, skipped = self._device_counters(ready.device)
-        skipped.index_add_(0, ready.slots, ready.flags)
-        ready.flags.zero_()
-        return True
+        Returns:
+            Whether a block was trained.
+        """
+        trained = False
+        stepped: list[tuple[_Bucket, _Ready, list[Tensor]]] = []
+        for bucket in buckets:
+            sketched = self._sketching and bucket.projects and self._refresh_from_sketches(bucket)
+            grads = [member.param.grad for member in bucket.members]
+            have = tuple([i for i, grad in enumerate(grads) if grad is not None])
+            trained |= bucket.block_weights and (bool(have) or sketched)
+            if have:
+                ready = bucket.ready
+                if ready is None or ready.have != have or not self._is_ready(ready):
+                    ready = bucket.ready = self._prepare(bucket, have)
+                stepped.append((bucket, ready, [grad for grad in grads if grad is not None]))
+        if stepped:
+            torch._foreach_add_([ready.steps for _, ready, _ in stepped], 1)
+        for bucket, ready, found in stepped:
+            first = ready.members[0]
+            group = first.group
+            beta1, beta2 = group["betas"]
+            self._device_lr(group, ready.flags.device)
+            ready.step(
+                self._inputs(bucket, ready.members, found),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"] if bucket.decays else 0.0,
+                scale=group["scale"],
+            )
+            if first.side is not None:
+                self._grow_older(ready.states)
+        counted = [(ready.skipped, ready.flags) for _, ready, _ in stepped]
+        counted += self._rng_steps.values()
+        if counted:
+            torch._foreach_add_(*zip(*counted, strict=True))
+        if stepped:
+            torch._foreach_zero_([ready.flags for _, ready, _ in stepped])
+        return trained
 
     def _inputs(self, bucket: _Bucket, members: list[_Member], grads: list[Tensor]) -> list[Tensor]:
         """Gradients as the op takes them: G, or R, of this rank's part of each weight."""
         if not bucket.spread:
-            if bucket.projects:
-                return [R.contiguous() for R in grads]
+            if bucket.projects or not bucket.transposed:
+                return grads
             return [m.logical(grad) for m, grad in zip(members, grads, strict=True)]
         if not bucket.projects:
             parts = [m.part(grad) for m, grad in zip(members, grads, strict=True)]
@@ -818,9 +839,7 @@ class OwLore(Optimizer):
         return member.spread.part_of(P, 0)
 
     def _is_ready(self, ready: _Ready) -> bool:
-        """Whether weights and states are still where they were, and no basis is due."""
-        if ready.members[0].side is not None and any(s["basis_age"] < 0 for s in ready.states):
-            return False
+        """Whether weights and states are still where they were."""
         states = [self.state[member.param] for member in ready.members]
         held = [holder["weight"] for holder in ready.holders]
         if ready.members[0].spread is not None:
@@ -844,10 +863,15 @@ class OwLore(Optimizer):
                 self._adopt_found(due)
         states = [self.state[member.param] for member in members]
         device = first.weight.device
-        rng_step, _ = self._device_counters(device)
+        rng_step = self._device_clock(device)
         flags = torch.zeros(len(members), dtype=torch.int32, device=device)
+        skipped = torch.stack(
+            [f if m.skipped is None else m.skipped for m, f in zip(members, flags, strict=True)]
+        )
+        steps = torch.stack([state["step"] for state in states])
+        for i, (member, state) in enumerate(zip(members, states, strict=True)):
+            state["step"], member.skipped = steps[i], skipped[i]
         lr = self._device_lr(first.group, device)
-        steps = [state["step"] for state in states]
         params = [member.part(member.weight.detach()) for member in members]
         exp_avgs = [distributed.local(state["exp_avg"]) for state in states]
         exp_avg_sqs = [distributed.local(state["exp_avg_sq"]) for state in states]
@@ -862,7 +886,7 @@ class OwLore(Optimizer):
                 params,
                 [m.logical(M) for m, M in zip(members, exp_avgs, strict=True)],
                 [m.logical(V) for m, V in zip(members, exp_avg_sqs, strict=True)],
-                steps,
+                [state["step"] for state in states],
                 lr,
                 flags,
                 rng_step,
@@ -877,7 +901,7 @@ class OwLore(Optimizer):
                 [self._basis_part(member) for member in members],
                 exp_avgs,
                 exp_avg_sqs,
-                steps,
+                [state["step"] for state in states],
                 lr,
                 flags,
                 rng_step,
@@ -890,12 +914,7 @@ class OwLore(Optimizer):
             )
         holders = [member.holder for member in members]
         addresses = [distributed.local(member.weight).data_ptr() for member in members]
-        slots = torch.tensor([bucket.slots[i] for i in have])
-        if device.type == "cuda":
-            # From pageable memory the copy would wait for the device.
-            slots = slots.pin_memory()
-        slots = slots.to(device, non_blocking=True)
-        return _Ready(members, states, steps, holders, addresses, device, slots, flags, step)
+        return _Ready(have, members, states, holders, addresses, steps, skipped, flags, step)
 
     def _new_state(self, member: _Member) -> dict[str, Any]:
         shape, dtype = _moment_spec(member, self.config)
@@ -910,12 +929,22 @@ class OwLore(Optimizer):
             state["basis_age"] = self.state[member.param].get("basis_age", -1)
         return state
 
-    def _grow_older(self, state: dict[str, Any]) -> None:
-        """Counts a step of a basis and makes it due when its time is up."""
-        age = state["basis_age"] + 1
-        state["basis_age"] = -1 if age >= self.config.refresh_interval else age
-        if state["basis_age"] < 0:
-            self._modes_step = -1
+    def _grow_older(self, states: list[dict[str, Any]]) -> None:
+        """Counts a step of bases and makes those due whose time is up."""
+        due = False
+        for state in states:
+            age = state["basis_age"] + 1
+            if age >= self.config.refresh_interval:
+                age, due = -1, True
+            state["basis_age"] = age
+        if due:
+            self._drop_prepared()
+
+    def _drop_prepared(self) -> None:
+        """Forgets what was made ready for bases that are new or due now."""
+        self._modes_step = -1
+        for bucket in self._buckets or ():
+            bucket.ready = None
 
     def _refresh(self, members: list[_Member]) -> None:
         """Computes the bases of members that are due, from their gradients."""
@@ -929,12 +958,16 @@ class OwLore(Optimizer):
             grads = [member.logical(_grad(member)) for member in members]
             self._adopt(members, *self._refresh_bases(members, grads))
 
-    def _refresh_from_sketches(self, members: list[_Member]) -> None:
+    def _refresh_from_sketches(self, bucket: _Bucket) -> bool:
         """Computes bases from Y = G Omega (left) or Omega^T G (right), which the backward left.
 
         The leading left (right) singular vectors of Y are nearly those of G (Halko et al., arXiv
         0909.4061, section 4.1). Y is no gradient to step with: these weights rest for this step.
+
+        Returns:
+            Whether there was a sketch.
         """
+        members = [m for m in bucket.members if m.sketches and m.grad is not None]
         shapes: dict[torch.Size, list[_Member]] = {}
         for member in members:
             shapes.setdefault(_grad(member).shape, []).append(member)
@@ -943,10 +976,11 @@ class OwLore(Optimizer):
                 some = alike[start : start + _SKETCHES]
                 sketches = [distributed.local(_grad(m)) for m in some]
                 self._adopt(some, *self._refresh_bases(some, sketches))
+                self._grow_older([self.state[member.param] for member in some])
                 for member in some:
-                    self._grow_older(self.state[member.param])
                     if member.sketch is not None:
                         member.sketch.grad = None
+        return bool(members)
 
     def _refresh_bases(
         self, members: list[_Member], matrices: list[Tensor]
@@ -1001,10 +1035,7 @@ class OwLore(Optimizer):
             state["basis"] = P
             state["basis_age"] = 0
             self._energy[member.entry.name] = energies[i]
-        self._modes_step = -1
-        for bucket in self._buckets or ():
-            # They hold the old bases.
-            bucket.ready.clear()
+        self._drop_prepared()
         self._pending.append((members, projection.DeferredFlags(finite)))
 
     def _read_pending(self) -> None:
@@ -1013,15 +1044,15 @@ class OwLore(Optimizer):
             for member, finite in zip(members, flags.read(), strict=True):
                 if not finite and member.param in self.state:
                     self.state[member.param]["basis_age"] = -1
-                    self._modes_step = -1
+                    self._drop_prepared()
         self._pending.clear()
 
-    def _device_counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _device_clock(self, device: torch.device) -> Tensor:
+        """The number of steps taken, on a device."""
         if device not in self._rng_steps:
-            self._rng_steps[device] = torch.full((), self._steps, device=device)
-            count = len(self._by_device()[device])
-            self._skipped[device] = torch.zeros(count, dtype=torch.int32, device=device)
-        return self._rng_steps[device], self._skipped[device]
+            clock = torch.full((), self._steps, dtype=torch.int32, device=device)
+            self._rng_steps[device] = clock, torch.ones_like(clock)
+        return self._rng_steps[device][0]
 
     def _device_lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
         key = (group["name"], device)
@@ -1079,7 +1110,7 @@ class OwLore(Optimizer):
         """
         self._read_pending()
         if self.config.state == "offload":
-            for device in self._by_device():
+            for device in {member.weight.device for member in self._members}:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
         saved = super().state_dict()
@@ -1153,7 +1184,8 @@ class OwLore(Optimizer):
         self._pending.clear()
         self._energy.clear()
         self._rng_steps.clear()
-        self._skipped.clear()
+        for member in self._members:
+            member.skipped = None
 
     @torch.no_grad()
     def prepare_load(self, checkpoint: Any) -> None:
@@ -1583,6 +1615,17 @@ def _adopted(member: _Member, key: str, value: Tensor, device: torch.device) -> 
 def _local_basis(state: dict[str, Any]) -> Tensor | None:
     basis = state.get("basis")
     return None if basis is None else distributed.local(basis)
+
+
+def _read_together(values: dict[str, Tensor]) -> dict[str, Any]:
+    """The values of tensors of no dimension, with one transfer a device."""
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        by_device.setdefault(value.device, {})[name] = value
+    read: dict[str, Any] = {}
+    for some in by_device.values():
+        read.update(zip(some, torch.stack(list(some.values())).tolist(), strict=True))
+    return read
 
 
 def _grad(member: _Member) -> Tensor:

@@ -70,7 +70,7 @@ def rounding_bits(
         columns: Number of columns.
         seed: 64-bit key.
         stream: 32-bit hash of the parameter's name.
-        rng_step: Optimizer step. [], int64.
+        rng_step: Optimizer step. [], an integer.
         which: WEIGHT, EXP_AVG or EXP_AVG_SQ.
         first_row: Row of the whole matrix with which these rows begin.
         first_column: Column of the whole matrix with which these columns begin.
@@ -83,7 +83,7 @@ def rounding_bits(
     before = first_column % 8
     groups = (before + columns + 7) // 8
     group = first_column // 8 + torch.arange(groups, device=device)[None, :]
-    step = (rng_step & 0x3FFFFFFF) | (which << 30)
+    step = (rng_step.to(torch.int64) & 0x3FFFFFFF) | (which << 30)
     words = philox(seed, row, group, step, torch.full_like(step, stream))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     bits = torch.stack([h.expand(rows, groups) for h in halves], dim=-1)  # [rows, n/8, 8]
@@ -187,7 +187,7 @@ def lowrank_adam_(
         steps: Steps t including this one, since the moments were last zero. [] each, float32.
         lr: Learning rate. [], float32 or float64, on the weights' device.
         nonfinite: Set to 1 for each matrix in which something was skipped. [len(params)], int32.
-        rng_step: Optimizer step, keys the random bits. [], int64.
+        rng_step: Optimizer step, keys the random bits. [], an integer.
         sides: "left" or "right" for each matrix.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -261,7 +261,7 @@ def adamw_(
         steps: Steps t including this one. [] each, float32.
         lr: Learning rate. [], float32 or float64, on the weights' device.
         nonfinite: Set to 1 for each parameter in which something was skipped. [len(params)], int32.
-        rng_step: Optimizer step, keys the random bits. [], int64.
+        rng_step: Optimizer step, keys the random bits. [], an integer.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator after bias correction.

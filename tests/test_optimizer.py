@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,13 @@ import pytest
 import tolerances
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from owlore import OwLore, projection
+from owlore import OwLore, ops, projection
 from owlore.config import PRESETS, OwLoreConfig
 
 SCORES = [0.1, 0.4, 0.2, 0.3]
@@ -784,6 +790,148 @@ def test_energy_is_that_of_the_basis(tiny_llama):
 
 
 # Memory.
+
+
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+def test_only_steps_with_a_gradient_count(tiny_llama, gradient):
+    """The counts of a bucket lie in one tensor, from which members come and go."""
+    options = {**SMALL, "blocks": "all", "gradient": gradient, "refresh_interval": 3}
+    optimizer = OwLore(tiny_llama, **options, state="keep")
+    rests = {0: {1, 4, 5}, 2: {3, 5, 6, 7}}
+    for step in range(9):
+        ids = batch(step)
+        tiny_llama(ids, labels=ids).loss.backward()
+        for member in optimizer._members:
+            if step in rests.get(member.entry.block, ()):
+                for param in member.takers:
+                    param.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 6:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+    # A basis from a sketch takes a step of its own, every third of those with a gradient.
+    for member in optimizer._members:
+        steps = 9 - len(rests.get(member.entry.block, ()))
+        if gradient == "projected" and member.side is not None:
+            steps -= -(-steps // 3)
+        assert optimizer.state[member.param]["step"].item() == steps, member.entry.name
+
+
+class Launches(TorchDispatchMode):
+    """Names of the torch ops that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+def test_a_step_counts_in_three_launches(tiny_llama, gradient, monkeypatch):
+    optimizer = OwLore(tiny_llama, **{**SMALL, "gradient": gradient, "interval": 10})
+    for step in range(3):
+        train_step(tiny_llama, optimizer, step)
+    ids = batch(3)
+    tiny_llama(ids, labels=ids).loss.backward()
+    steps = []
+    monkeypatch.setattr(ops._Step, "__call__", lambda self, grads, **hyper: steps.append(self))
+    with Launches() as seen:
+        optimizer.step()
+    # Block weights, their norms, embedding, head and final norm.
+    assert len(steps) == 5
+    assert seen.names == ["_foreach_add_.Scalar", "_foreach_add_.List", "_foreach_zero_.default"]
+
+
+def test_hooks_and_profilers_see_a_step(tiny_llama):
+    optimizer = OwLore(tiny_llama, **SMALL)
+    train_step(tiny_llama, optimizer, 0)
+    calls = []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *args: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda *args: calls.append("post")),
+        register_optimizer_step_pre_hook(lambda *args: calls.append("every pre")),
+        register_optimizer_step_post_hook(lambda *args: calls.append("every post")),
+    ]
+    for hook in hooks:
+        calls.clear()
+        train_step(tiny_llama, optimizer, 1)
+        assert len(calls) == len(hooks) - hooks.index(hook)
+        hook.remove()
+    calls.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_step(tiny_llama, optimizer, 2)
+    assert not calls
+    assert "Optimizer.step#OwLore.step" in {event.name for event in profile.events()}
+
+
+def capture(step: Callable[[], Any]) -> Callable[[], None]:
+    """The launches of one step, to be made again and again."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_step_in_a_cuda_graph_is_the_step(tiny_llama, gradient, moments):
+    """Bit for bit, as rate and gradients change in their places, and count for count."""
+    options = {**SMALL, "gradient": gradient, "moments": moments, "weight_decay": 0.1}
+    options |= {"interval": 100, "refresh_interval": 100}
+    runs = []
+    like = tiny_llama.to("cuda", torch.bfloat16)
+    for _ in range(2):
+        model = copy.deepcopy(like)
+        optimizer = OwLore(model, **options)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(1e-2, device="cuda")
+        ids = batch(0).to("cuda")
+        # A basis, a step, and one that reads what the first found.
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        runs.append((model, optimizer))
+    (_, graphed), (_, eager) = runs
+    replay = capture(graphed.step)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(6):
+        for mine, other in zip(graphed._members, eager._members, strict=True):
+            if other.param.grad is None:
+                continue
+            grad = torch.randn(other.param.grad.shape, generator=generator)
+            if k == 3 and other.entry.name.endswith("o_proj.weight"):
+                grad[2, 3] = float("nan")
+            mine.param.grad.copy_(grad)
+            other.param.grad.copy_(grad)
+        for optimizer in (graphed, eager):
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"].fill_(1e-2 / (k + i + 1))
+        before = weights(runs[0][0])
+        replay()
+        eager.step()
+        assert changed(runs[0][0], before) == trained_names(eager)
+        for (name, p), q in zip(
+            runs[0][0].named_parameters(), runs[1][0].parameters(), strict=True
+        ):
+            assert torch.equal(p, q), name
+    for mine, other in zip(graphed._members, eager._members, strict=True):
+        for key, value in eager.state.get(other.param, {}).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(graphed.state[mine.param][key], value), (other.entry.name, key)
+    assert graphed.nonfinite() == eager.nonfinite()
+    assert set(eager.nonfinite().values()) == {1}
+    assert len(eager.nonfinite()) == 2
+
+
+def trained_names(optimizer: OwLore) -> set[str]:
+    return {member.entry.name for member in optimizer._members if optimizer._is_active(member)}
 
 
 def tensor_bytes(optimizer: OwLore, only=lambda member: True) -> int:
