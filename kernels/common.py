@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -49,6 +51,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
+@functools.lru_cache(maxsize=64)
 def scalars(
     beta1: float, beta2: float, eps: float, weight_decay: float, seed: int
 ) -> dict[str, float | int]:
@@ -91,7 +94,8 @@ def arena(device: torch.device, size: int) -> Tensor:
     All launches on a stream run after each other, so they share it: were each set of blocks to keep
     scratch of its own, the memory would grow with every draw.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    # Triton asks for the handle alone, where torch makes an object of the stream.
+    stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     held = _arenas.get((device, stream))
     if held is None or held.numel() < size:
         held = torch.empty(size, dtype=torch.uint8, device=device)
@@ -163,33 +167,34 @@ class Addresses:
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._staged: Tensor | None = None
 
-    def at(self, addresses: Sequence[int], capturing: bool) -> Tensor:
+    def __contains__(self, addresses: tuple[int, ...]) -> bool:
+        return addresses in self._known
+
+    def at(self, addresses: tuple[int, ...], capturing: bool) -> Tensor:
         """The addresses as int64.
 
         Args:
             addresses: The same number in every call.
             capturing: A CUDA graph is being captured.
         """
-        key = tuple(addresses)
-        array = self._known.get(key)
+        array = self._known.get(addresses)
         if array is None:
-            host = torch.tensor(addresses, dtype=torch.int64)
-            if self._device.type == "cuda":
-                staged = self._blank(len(key)) if self._staged is None else self._staged
-                host = staged.copy_(host)
+            host = self._blank(len(addresses)) if self._staged is None else self._staged
+            host.numpy()[:] = addresses
             array = host.to(self._device, non_blocking=True)
             if capturing:
                 # A replay reads the host's copy again.
                 keep(host)
             self._staged = None
-            remember(self._known, key, array, self._MOST)
-        if self._staged is None and self._device.type == "cuda" and not capturing:
+            remember(self._known, addresses, array, self._MOST)
+        if self._staged is None and not capturing:
             # Ahead of time: CUDA allocates no pinned memory during a capture.
-            self._staged = self._blank(len(key))
+            self._staged = self._blank(len(addresses))
         return array
 
     def _blank(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, pin_memory=True)
+        on_gpu = self._device.type == "cuda"
+        return torch.empty(count, dtype=torch.int64, pin_memory=on_gpu)
 
 
 class Prepared:
@@ -238,11 +243,13 @@ class Prepared:
             False if the gradients differ in shape, strides, dtype, device or alignment from those
             it was prepared for; then nothing was done.
         """
-        pointers = [G.data_ptr() for G in grads]
-        if _kinds(grads) != self._kinds or (_all_even(pointers) != self._aligned):
+        pointers = tuple([G.data_ptr() for G in grads])
+        if _kinds(grads) != self._kinds:
             return False
         device = self._device
         capturing = is_capturing(device)
+        if pointers not in self._addresses and _all_even(pointers) != self._aligned:
+            return False
         kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in (lr, nonfinite, rng_step)])
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             values = {
