@@ -3,13 +3,17 @@
     python benchmarks/bench_step.py --json benchmarks/results/h100/step.json
 
 host_ms is how long step() keeps the calling thread, without waiting for the device; ms is the
-device's time for steps in a row. Embedding, head and norms are frozen: the 35 matrices alone. The
-steps run under torch.cuda.set_sync_debug_mode("error").
+device's time for steps in a row. The case "llama2-7b-5-blocks" is the 35 matrices alone, with
+embedding, head and norms frozen; in "-and-dense" those train too (with a vocabulary of 512).
+Gradients are "kept" in their places, or "new" at every step, at addresses that no step saw before.
+launches and copies are the kernels, and the copies and fills of memory, of one step. The steps run
+under torch.cuda.set_sync_debug_mode("error").
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -21,6 +25,9 @@ import common
 import torch
 
 from owlore import OwLore
+
+CASE = "llama2-7b-5-blocks"
+FROZEN = {"embeddings": "freeze", "head": "freeze", "norms": "freeze"}
 
 
 def build(device: str, small: bool) -> torch.nn.Module:
@@ -39,64 +46,102 @@ def build(device: str, small: bool) -> torch.nn.Module:
         return LlamaForCausalLM(config).to(torch.bfloat16).train()
 
 
+def build_optimizer(
+    model: torch.nn.Module, provider: str, rank: int, path: str, dense: bool
+) -> torch.optim.Optimizer:
+    """A provider's optimizer; `dense`: embedding, head and norms train too."""
+    if provider == "owlore":
+        return OwLore(
+            model, lr=1e-4, blocks="all", rank=rank, distribution="uniform",
+            refresh_interval=10**6, gradient=path, **({} if dense else FROZEN),
+        )  # fmt: skip
+    for name, param in model.named_parameters():
+        param.requires_grad_(dense or "proj" in name)
+    params = [param for param in model.parameters() if param.requires_grad]
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def move_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every gradient another address."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    random.shuffle(params)
+    moved = [param.grad.clone() for param in params]
+    for param, grad in zip(params, moved, strict=True):
+        param.grad = grad
+
+
+def host_time(optimizer: torch.optim.Optimizer, device: str, moves: bool, repeats: int) -> float:
+    """Median time for which step() keeps the calling thread. Milliseconds."""
+    samples = []
+    for _ in range(repeats):
+        if moves:
+            move_gradients(optimizer)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        began = time.perf_counter()
+        optimizer.step()
+        samples.append((time.perf_counter() - began) * 1e3)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    # The first ones fill caches.
+    return statistics.median(samples[repeats // 4 :])
+
+
+def count_launches(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Kernels, and copies and fills of memory, in one step on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    on_device = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in on_device)
+    return {"launches": len(on_device) - copies, "copies": copies}
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--small", action="store_true", help="tiny blocks, to try the script")
+    parser.add_argument("--repeats", type=int, default=40, help="steps whose host time is taken")
     parser.add_argument("--json")
     args = parser.parse_args()
     rows = [common.machine(args.device)]
     common.show(rows[0])
     model = build(args.device, args.small)
     ids = torch.randint(0, 512, (1, 16), device=args.device)
-    providers = [("owlore", r, path) for path in ("projected", "dense") for r in args.ranks]
-    for provider, rank, path in [*providers, ("adamw-fused", 0, "dense")]:
-        if provider == "owlore":
-            optimizer = OwLore(
-                model, lr=1e-4, blocks="all", rank=min(rank, 64) if args.small else rank,
-                distribution="uniform", embeddings="freeze", head="freeze", norms="freeze",
-                refresh_interval=10**6, gradient=path,
-            )  # fmt: skip
-        else:
-            params = [p for n, p in model.named_parameters() if "proj" in n]
-            for param in params:
-                param.requires_grad_(True)
-            optimizer = torch.optim.AdamW(params, lr=1e-4, fused=args.device == "cuda")
-        # The first step computes bases and compiles; the later ones find everything in place.
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-        optimizer.step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        host = []
-        for _ in range(20):
-            began = time.perf_counter()
-            optimizer.step()
-            host.append((time.perf_counter() - began) * 1e3)
-            if args.device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-        if args.device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-        timing = common.measure([optimizer.step], args.device, repeats=20, graph=False)
-        rows.append(
-            {
-                "bench": "step", "case": "llama2-7b-5-blocks", "provider": provider, "rank": rank,
-                "path": path,
-                "ms": timing.ms, "host_ms": statistics.median(host),
-            }
-        )  # fmt: skip
-        common.show(rows[-1])
-        if provider == "owlore":
-            optimizer.detach()
-        del optimizer
-        model.zero_grad(set_to_none=True)
+    ranks = [min(rank, 64) if args.small else rank for rank in args.ranks]
+    providers = [("owlore", rank, path) for path in ("projected", "dense") for rank in ranks]
+    for dense in (False, True):
+        for provider, rank, path in [*providers, ("adamw-fused", 0, "dense")]:
+            optimizer = build_optimizer(model, provider, rank, path, dense)
+            # The first steps compute bases and compile; the later ones find everything in place.
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+            counts = count_launches(optimizer) if args.device == "cuda" else {}
+            timing = common.measure([optimizer.step], args.device, repeats=20, graph=False)
+            for gradients in ("kept", "new"):
+                host = host_time(optimizer, args.device, gradients == "new", args.repeats)
+                rows.append(
+                    {
+                        "bench": "step", "case": CASE + ("-and-dense" if dense else ""),
+                        "provider": provider, "rank": rank, "path": path, "gradients": gradients,
+                        "ms": timing.ms, "host_ms": host, **counts,
+                    }
+                )  # fmt: skip
+                common.show(rows[-1])
+            if isinstance(optimizer, OwLore):
+                optimizer.detach()
+            del optimizer
+            model.zero_grad(set_to_none=True)
     common.write_rows(args.json, rows)
 
 
