@@ -74,6 +74,8 @@ TRAINERS = {
     "embed-head-only": "embedding and head alone",
 }
 
+LAYERS = 32  # of LLaMA-2-7B
+
 
 def training_rows() -> list[Row]:
     """The rows of LLaMA-2-7B with the default sides and eager blocks."""
@@ -96,8 +98,12 @@ def training_table() -> str:
     cells = []
     for row in rows:
         trains = f"{row['blocks']} blocks" if row["blocks"] else "none"
-        if row.get("chosen") and row["chosen"][0] > 0:
-            trains = f"top {trains}"
+        chosen = row.get("chosen")
+        if chosen and chosen[0] > 0:
+            top = chosen[-1] - chosen[0] == len(chosen) - 1
+            trains = f"top {trains}" if top else f"{trains}, the lowest of them block {chosen[0]}"
+        if row.get("norms") == "freeze":
+            trains += ", norms frozen"
         if row["backward_through"]:
             trains += ", backward through all"
         planned, refresh = row["planned_gib"], row["refresh_ms"]
@@ -105,7 +111,8 @@ def training_table() -> str:
         if row.get("tokens_per_s_with_svd"):
             rate += f" ({row['tokens_per_s_with_svd']:,.0f} with SVDs)"
         if row["refresh_every"]:
-            trains += f", a draw every {row['refresh_every']} steps"
+            what = "refresh" if row["blocks"] == LAYERS else "draw"
+            trains += f", a {what} every {row['refresh_every']} steps"
         cells.append(
             (
                 row["tokens"].replace("x", " x "),
@@ -136,7 +143,7 @@ def training_chart(path: Path) -> None:
         row
         for row in training_rows()
         if row["tokens"] == "16x512" and row["checkpointing"] and not row["backward_through"]
-        and not (row.get("chosen") and row["chosen"][0] > 0)
+        and not (row.get("chosen") and row["chosen"][0] > 0) and row.get("norms") != "freeze"
     ]  # fmt: skip
     figure = Figure(figsize=(9, 4.6), dpi=130, layout="constrained")
     ax = figure.subplots()
