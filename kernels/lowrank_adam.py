@@ -71,6 +71,33 @@ def _place(scratch_ptr, row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _program(table_ptr, tiles_ptr, FIELDS: tl.constexpr):
+    """What this program's tile is and the table row of its matrix."""
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    return tile_ptr, table_ptr + tl.load(tile_ptr) * FIELDS
+
+
+@triton.jit
+def _on_left(row_ptr, SIDES: tl.constexpr):
+    """Whether the matrix is on the left side; known to the compiler if all are on one."""
+    if SIDES == 2:
+        left = tl.load(row_ptr + _LEFT) != 0
+    else:
+        left: tl.constexpr = SIDES == 1
+    return left
+
+
+@triton.jit
+def _sizes(row_ptr, ALIGNED: tl.constexpr):
+    m = tl.load(row_ptr + _ROWS).to(tl.int32)
+    n = tl.load(row_ptr + _COLS).to(tl.int32)
+    if ALIGNED:
+        m = tl.multiple_of(m, 8)
+        n = tl.multiple_of(n, 8)
+    return m, n
+
+
+@triton.jit
 def _strides(row_ptr, FIRST: tl.constexpr, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
     stride_m = tl.load(row_ptr + FIRST).to(tl.int32)
     stride_n = tl.load(row_ptr + FIRST + 1).to(tl.int32)
@@ -401,11 +428,7 @@ def _project_and_step(
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m = _field(row_ptr, _ROWS).to(tl.int32)
-    n = _field(row_ptr, _COLS).to(tl.int32)
-    if ALIGNED:
-        m = tl.multiple_of(m, 8)
-        n = tl.multiple_of(n, 8)
+    m, n = _sizes(row_ptr, ALIGNED)
     MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
     moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, LEFT, ALIGNED)
     p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED)
@@ -474,17 +497,13 @@ def _project_and_step_kernel(
 
     Program i takes the strip tiles[i] = (matrix, first strip element, ., .).
     """
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
+    tile_ptr, row_ptr = _program(table_ptr, tiles_ptr, FIELDS)
     strip_first = tl.multiple_of(tl.load(tile_ptr + 1), BLOCK)
     hyper = (
         beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, seed_low,
         seed_high,
     )  # fmt: skip
-    left = SIDES == 1
-    if SIDES == 2:
-        left = _field(row_ptr, _LEFT) != 0
-    if left:
+    if _on_left(row_ptr, SIDES):
         _project_and_step(
             row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
             G_DTYPE, P_DTYPE, M_DTYPE, True, LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK,
@@ -505,11 +524,7 @@ def _step_given(
     GIVEN: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    m = _field(row_ptr, _ROWS).to(tl.int32)
-    n = _field(row_ptr, _COLS).to(tl.int32)
-    if ALIGNED:
-        m = tl.multiple_of(m, 8)
-        n = tl.multiple_of(n, 8)
+    m, n = _sizes(row_ptr, ALIGNED)
     MASKED: tl.constexpr = (not EVEN) or RANK != RANK_BLOCK
     moments, adam, key = _moments_of(row_ptr, rng_step_ptr, hyper, M_DTYPE, LEFT, ALIGNED)
     if GIVEN:
@@ -580,17 +595,13 @@ def _step_given_kernel(
     LEFT_RANKS: tl.constexpr,
 ):
     """M, V and N of one strip, R in scratch memory or given (GIVEN); tiles as when projecting."""
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
+    tile_ptr, row_ptr = _program(table_ptr, tiles_ptr, FIELDS)
     strip_first = tl.load(tile_ptr + 1)
     hyper = (
         beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, seed_low,
         seed_high,
     )  # fmt: skip
-    left = SIDES == 1
-    if SIDES == 2:
-        left = _field(row_ptr, _LEFT) != 0
-    if left:
+    if _on_left(row_ptr, SIDES):
         strip_first = tl.multiple_of(strip_first, LEFT_BLOCK)
         _step_given(
             row_ptr, strip_first, grads_ptr, scratch_ptr, nonfinite_ptr, rng_step_ptr, hyper,
@@ -626,11 +637,7 @@ def _project_program(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    m = _field(row_ptr, _ROWS).to(tl.int32)
-    n = _field(row_ptr, _COLS).to(tl.int32)
-    if ALIGNED:
-        m = tl.multiple_of(m, 8)
-        n = tl.multiple_of(n, 8)
+    m, n = _sizes(row_ptr, ALIGNED)
     g_ptr = pointer(grads_ptr + _field(row_ptr, _INDEX), 0, G_DTYPE, ALIGNED)
     p_ptr = pointer(row_ptr, _P, P_DTYPE, ALIGNED) + rank_first
     r_ptr = _place(scratch_ptr, row_ptr, _R, tl.float32)
@@ -680,14 +687,10 @@ def _project_kernel(
 
     Program i takes tiles[i] = (matrix, first strip element, first rank, .).
     """
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
+    tile_ptr, row_ptr = _program(table_ptr, tiles_ptr, FIELDS)
     strip_first = tl.multiple_of(tl.load(tile_ptr + 1), BLOCK)
     rank_first = tl.multiple_of(tl.load(tile_ptr + 2), RANK_BLOCK)
-    left = SIDES == 1
-    if SIDES == 2:
-        left = _field(row_ptr, _LEFT) != 0
-    if left:
+    if _on_left(row_ptr, SIDES):
         _project_program(
             row_ptr, strip_first, rank_first, grads_ptr, scratch_ptr, G_DTYPE, P_DTYPE, True,
             LAYOUT, ALIGNED, EVEN, PRECISION, RANK, RANK_BLOCK, BLOCK, BLOCK_K, STAGES,
@@ -863,8 +866,7 @@ def _update_kernel(
     the rows of Y stay in shared memory and those of X stream; otherwise each tile loops over ranks.
     Column-major matrices are taken as the row-major ones that they are in memory.
     """
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * FIELDS
+    tile_ptr, row_ptr = _program(table_ptr, tiles_ptr, FIELDS)
     first_col = tl.multiple_of(tl.load(tile_ptr + 1), COLS)
     first_row = tl.multiple_of(tl.load(tile_ptr + 2), ROWS)
     row_end = tl.load(tile_ptr + 3)
