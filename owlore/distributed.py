@@ -186,8 +186,9 @@ def refuse_later_shards() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             "model: accelerate's FSDP shards a model after its optimizer is built, and OwLore must "
-            "be built from the sharded model: call fully_shard yourself and build OwLore then "
-            "(examples/torchrun_fsdp2.py), or train with DistributedDataParallel"
+            "be built from the sharded model: call owlore.trainer.shard_first(trainer) before a "
+            "Trainer's train(), or owlore.trainer.shard_with(accelerator, model) before OwLore("
+            "model) (fsdp_version: 2); or train with DistributedDataParallel"
         )
 
 

@@ -1,7 +1,8 @@
-"""The glue for Hugging Face's Trainer: two names, nothing else is needed.
+"""The glue for Hugging Face's Trainer, and for accelerate.
 
 `Trainer(model=..., optimizer_cls_and_kwargs=(OwLoreFactory, {"lr": 3e-4}))` trains with OwLore,
-`log_to(trainer)` logs what it does.
+`log_to(trainer)` logs what it does. With `fsdp` call `shard_first(trainer)` before `train()`, in a
+loop with accelerate `shard_with(accelerator, model)` before OwLore is built.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from typing_extensions import Unpack
 
 from owlore.config import Options, OwLoreConfig
-from owlore.optimizer import OwLore
+from owlore.optimizer import OwLore, prepare_load
 
 
 class OwLoreFactory:
@@ -79,3 +80,55 @@ def log_to(trainer: Trainer) -> None:
     """
     # The first callback: those that write logs out run after it and see its keys.
     trainer.callback_handler.callbacks.insert(0, _LogCallback())
+
+
+def shard_with(accelerator: Any, model: nn.Module) -> None:
+    """Shards a model as `accelerator.prepare` would, for an optimizer that is built from it then.
+
+    accelerate shards a model after its optimizer is built, and leaves one that is sharded as it is.
+    Before `accelerator.load_state(folder)` call `owlore.prepare_load(optimizer, folder)`.
+
+    Args:
+        accelerator: An Accelerator with FSDP2 (`fsdp_version: 2`).
+        model: What `prepare` will be given together with the optimizer.
+
+    Raises:
+        ValueError: It has no FSDP2, or one that checkpoints activations itself.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    version = getattr(plugin, "fsdp_version", None)
+    if plugin is None or version != 2:
+        found = "no FSDP" if plugin is None else f"version {version}"
+        raise ValueError(f"accelerator: expected FSDP of version 2 (fsdp_config), got {found}")
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerator: activation_checkpointing of fsdp_config wraps blocks after they are "
+            "sharded; use the model's own gradient checkpointing in its place"
+        )
+    from accelerate.utils import fsdp_utils
+
+    # By the names of classes, which sharding changes.
+    plugin.set_auto_wrap_policy(model)
+    fsdp_utils.fsdp2_prepare_model(accelerator, model)
+
+
+def shard_first(trainer: Trainer) -> None:
+    """Shards the model of a Trainer with `fsdp` now, before its optimizer is built from it.
+
+    Call it between building the Trainer and `train()`; resuming works then too.
+
+    Args:
+        trainer: A Trainer with `fsdp` in its arguments, and version 2 in `fsdp_config`.
+
+    Raises:
+        ValueError: It has no FSDP2, or one that checkpoints activations itself.
+    """
+    shard_with(trainer.accelerator, trainer.model)
+    load = trainer._load_optimizer_and_scheduler
+
+    def prepared(checkpoint: Any) -> None:
+        if checkpoint is not None:
+            prepare_load(trainer.optimizer, checkpoint)
+        load(checkpoint)
+
+    trainer._load_optimizer_and_scheduler = prepared

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on two ranks, as torchrun starts it."""
+"""Hugging Face's Trainer and accelerate on two ranks, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 import ranks
 import tiny_models
 import torch
-from test_distributed import assert_equal
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from test_distributed import CASES, assert_equal, compare_with_one_process, llama, weights_of
+from test_distributed import OPTIONS as CASE_OPTIONS
+from test_distributed import STEPS as CASE_STEPS
+from test_distributed import rows as case_rows
 from test_trainer import OPTIONS, build, train
 from tolerances import TRAINING_FLOAT64
 from torch import Tensor
+
+from owlore import OwLore, distributed
+from owlore.trainer import shard_first, shard_with
 
 STEPS = 9
 
@@ -71,3 +78,118 @@ def test_the_trainer_on_two_ranks(tmp_path, options, accumulation):
     assert OPTIONS["interval"] != options["interval"]
     for name, want in model.state_dict().items():
         torch.testing.assert_close(whole[0][0][name], want, **TRAINING_FLOAT64)
+
+
+# accelerate's FSDP2.
+
+
+def plugin(**options: Any) -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+        **options,
+    )
+
+
+def shards_on(accelerator: Accelerator) -> None:
+    """Accelerate shards on GPUs alone; this lets it take the CPU for one."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin()
+    assert accelerator.is_fsdp2
+
+
+def run_accelerate(case: str) -> list[dict[str, Any]]:
+    rank = torch.distributed.get_rank()
+    options, how = CASES[case]
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin())
+    shards_on(accelerator)
+    model = llama()
+    shard_with(accelerator, model)
+    optimizer = OwLore(model, **CASE_OPTIONS | options)
+    wrapped, outer = accelerator.prepare(model, optimizer)
+    assert wrapped is model
+    norms = []
+    for step in range(CASE_STEPS):
+        ids = case_rows(step, 0)[2 * rank : 2 * rank + 2]
+        accelerator.backward(wrapped(input_ids=ids, labels=ids).loss)
+        norms.append(float(accelerator.clip_grad_norm_(wrapped.parameters(), how["clip"])))
+        outer.step()
+        outer.zero_grad()
+    return [{"norms": norms, "draws": optimizer.draws(), "weights": weights_of(model)}]
+
+
+@pytest.mark.parametrize("case", ["frozen embedding and head", "dense"])
+def test_a_loop_with_accelerate_equals_one_process(case):
+    compare_with_one_process([case], ranks.run(run_accelerate, case))
+
+
+FSDP_OPTIONS = {"interval": 3, "refresh_interval": 2, "on_refresh": "transport", "state": "keep"}
+
+
+def run_sharded_trainer(
+    folder: str, resume: int | None
+) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
+    model = tiny_models.build("llama").double()
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    trainer = build(
+        Path(folder),
+        model,
+        FSDP_OPTIONS,
+        max_steps=STEPS,
+        max_grad_norm=0.3,
+        ddp_backend="gloo",
+        train_sampling_strategy="sequential",
+        **(saving if resume is None else {}),
+    )
+    shards_on(trainer.accelerator)
+    trainer.is_fsdp_enabled = True
+    shard_first(trainer)
+    checkpoint = None if resume is None else f"{folder}/checkpoint-{resume}"
+    optimizer = train(trainer, resume_from_checkpoint=checkpoint)
+    state = {key: weights_of_state(value) for key, value in optimizer.state_dict()["state"].items()}
+    return weights_of(model), optimizer.draws(), state
+
+
+def weights_of_state(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: distributed.whole(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+
+
+def test_a_trainer_with_fsdp_trains_and_resumes(tmp_path):
+    whole = ranks.run(run_sharded_trainer, str(tmp_path / "two"), None)
+    assert_equal(whole[1], whole[0], "ranks")
+    assert len({drawn for _, drawn in whole[0][1]}) > 1
+    for again in ranks.run(run_sharded_trainer, str(tmp_path / "two"), 5):
+        assert_equal(again, whole[0], "resumed")
+    model = tiny_models.build("llama").double()
+    trainer = build(
+        tmp_path / "one",
+        model,
+        FSDP_OPTIONS,
+        max_steps=STEPS,
+        max_grad_norm=0.3,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+    )
+    optimizer = train(trainer)
+    assert optimizer.draws() == whole[0][1]
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(whole[0][0][name], want, **TRAINING_FLOAT64)
+
+
+def test_other_shards_of_a_trainer_are_refused(tmp_path):
+    trainer = build(tmp_path, tiny_models.build("llama"))
+    with pytest.raises(ValueError, match=r"expected FSDP of version 2 .*, got no FSDP"):
+        shard_first(trainer)
+    for changes, message in (
+        ({"fsdp_version": 1}, "got version 1"),
+        ({"activation_checkpointing": True}, "gradient checkpointing in its place"),
+    ):
+        given = plugin()
+        for name, value in changes.items():
+            setattr(given, name, value)
+        trainer.accelerator.state.fsdp_plugin = given
+        with pytest.raises(ValueError, match=message):
+            shard_first(trainer)
+    del trainer.accelerator.state.fsdp_plugin
