@@ -8,7 +8,8 @@ import io
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -1047,6 +1048,37 @@ def assert_same(a: tuple[nn.Module, OwLore], b: tuple[nn.Module, OwLore]) -> Non
                 assert value == other, (number, key)
 
 
+def assert_resumes(
+    like: nn.Module,
+    options: dict[str, Any],
+    total: int,
+    starts: Iterable[int],
+    step: Callable[[nn.Module, OwLore, int], None] = train_step,
+) -> None:
+    """A run that goes on from a checkpoint ends in the same bits as one that was never stopped.
+
+    Args:
+        like: The model before training.
+        options: Options of the optimizer.
+        total: Steps of a run.
+        starts: Steps after which a run was stopped.
+        step: Takes step i with a model and its optimizer.
+    """
+    model = copy.deepcopy(like)
+    optimizer = OwLore(model, **options)
+    saved = [snapshot(model, optimizer)]
+    for i in range(total):
+        step(model, optimizer, i)
+        saved.append(snapshot(model, optimizer))
+    for start in starts:
+        resumed = restore(saved[start], like, options)
+        for i in range(start, total):
+            step(*resumed, i)
+        if start == total:
+            resumed[1]._apply_due_draw()
+        assert_same((model, optimizer), resumed)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("state", ["reset", "keep", "offload"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1060,21 +1092,9 @@ def test_resume_at_any_step_gives_the_same_bits(tiny_llama, state, accumulation,
         "moments": "bf16" if dtype == torch.bfloat16 else "fp32",
         "weight_decay": 0.1,
     }
-    model = copy.deepcopy(like)
-    optimizer = OwLore(model, **options)
-    total = 10
-    saved = [snapshot(model, optimizer)]
-    for step in range(total):
-        train_step(model, optimizer, step, accumulation)
-        saved.append(snapshot(model, optimizer))
     # Every step of one interval, before the first step and after the last.
-    for start in (0, 3, 4, 5, 9, 10):
-        resumed = restore(saved[start], like, options)
-        for step in range(start, total):
-            train_step(*resumed, step, accumulation)
-        if start == total:
-            resumed[1]._apply_due_draw()
-        assert_same((model, optimizer), resumed)
+    starts = (0, 3, 4, 5, 9, 10)
+    assert_resumes(like, options, 10, starts, partial(train_step, accumulation=accumulation))
 
 
 def test_state_dict_is_plain_and_keeps_dtypes(tiny_llama):

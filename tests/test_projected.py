@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 import tolerances
 import torch
-from test_optimizer import SCORES, assert_same, batch, restore, snapshot, train_step
+from test_optimizer import SCORES, assert_resumes, batch, train_step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -617,18 +617,8 @@ def test_resume_at_any_step_gives_the_same_bits(tiny_llama, state, accumulation,
         "moments": "bf16" if dtype == torch.bfloat16 else "fp32", "refresh": refresh,
         "head": "lowrank", "weight_decay": 0.1,
     }  # fmt: skip
-    model = copy.deepcopy(like)
-    optimizer = OwLore(model, **options)
-    total = 10
-    saved = [snapshot(model, optimizer)]
-    for step in range(total):
-        train_step(model, optimizer, step, accumulation)
-        saved.append(snapshot(model, optimizer))
-    for start in (0, 1, 3, 4, 5, 9):
-        resumed = restore(saved[start], like, options)
-        for step in range(start, total):
-            train_step(*resumed, step, accumulation)
-        assert_same((model, optimizer), resumed)
+    starts = (0, 1, 3, 4, 5, 9)
+    assert_resumes(like, options, 10, starts, partial(train_step, accumulation=accumulation))
 
 
 # What everyone else sees.
@@ -1165,19 +1155,9 @@ def test_cuda_steps_do_not_wait_for_the_device(tiny_llama):
 def test_cuda_resume_gives_the_same_bits(tiny_llama):
     like = tiny_llama.to("cuda", torch.bfloat16)
     options = {**SMALL, "interval": 4, "refresh_interval": 3, "moments": "bf16"}
-    model = copy.deepcopy(like)
-    optimizer = OwLore(model, **options)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        saved = []
-        for step in range(9):
-            saved.append(snapshot(model, optimizer))
-            step_on_cuda(model, optimizer, step)
-        for start in (1, 4, 6):
-            resumed = restore(saved[start], like, options)
-            for step in range(start, 9):
-                step_on_cuda(*resumed, step)
-            assert_same((model, optimizer), resumed)
+        assert_resumes(like, options, 9, (1, 4, 6), step_on_cuda)
     finally:
         torch.use_deterministic_algorithms(False)
 
