@@ -9,7 +9,12 @@ import pytest
 import ranks
 import tiny_models
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from test_distributed import CASES, assert_equal, compare_with_one_process, llama, weights_of
 from test_distributed import OPTIONS as CASE_OPTIONS
 from test_distributed import STEPS as CASE_STEPS
@@ -93,10 +98,11 @@ def plugin(**options: Any) -> FullyShardedDataParallelPlugin:
     )
 
 
-def shards_on(accelerator: Accelerator) -> None:
-    """Accelerate shards on GPUs alone; this lets it take the CPU for one."""
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin()
+def shards_on(accelerator: Accelerator, given: FullyShardedDataParallelPlugin) -> None:
+    """Lets accelerate, which shards on GPUs alone, take the CPU for one."""
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = given
     assert accelerator.is_fsdp2
 
 
@@ -104,7 +110,7 @@ def run_accelerate(case: str) -> list[dict[str, Any]]:
     rank = torch.distributed.get_rank()
     options, how = CASES[case]
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin())
-    shards_on(accelerator)
+    shards_on(accelerator, plugin())
     model = llama()
     shard_with(accelerator, model)
     optimizer = OwLore(model, **CASE_OPTIONS | options)
@@ -129,7 +135,7 @@ FSDP_OPTIONS = {"interval": 3, "refresh_interval": 2, "on_refresh": "transport",
 
 
 def run_sharded_trainer(
-    folder: str, resume: int | None
+    folder: str, kind: str, resume: int | None
 ) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
     model = tiny_models.build("llama").double()
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
@@ -143,7 +149,7 @@ def run_sharded_trainer(
         train_sampling_strategy="sequential",
         **(saving if resume is None else {}),
     )
-    shards_on(trainer.accelerator)
+    shards_on(trainer.accelerator, plugin(state_dict_type=kind))
     trainer.is_fsdp_enabled = True
     shard_first(trainer)
     checkpoint = None if resume is None else f"{folder}/checkpoint-{resume}"
@@ -156,11 +162,12 @@ def weights_of_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: distributed.whole(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
-def test_a_trainer_with_fsdp_trains_and_resumes(tmp_path):
-    whole = ranks.run(run_sharded_trainer, str(tmp_path / "two"), None)
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_trainer_with_fsdp_trains_and_resumes(tmp_path, kind):
+    whole = ranks.run(run_sharded_trainer, str(tmp_path / "two"), kind, None)
     assert_equal(whole[1], whole[0], "ranks")
     assert len({drawn for _, drawn in whole[0][1]}) > 1
-    for again in ranks.run(run_sharded_trainer, str(tmp_path / "two"), 5):
+    for again in ranks.run(run_sharded_trainer, str(tmp_path / "two"), kind, 5):
         assert_equal(again, whole[0], "resumed")
     model = tiny_models.build("llama").double()
     trainer = build(
