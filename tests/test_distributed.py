@@ -937,6 +937,20 @@ def part_resume(folder: str, strategy: str) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+def part_trainer(folder: str, kind: str) -> None:
+    """A Trainer with accelerate's own FSDP2, which there is on GPUs alone."""
+    from test_trainer_ranks import run_sharded_trainer
+
+    place = f"{folder}/{kind}"
+    whole = run_sharded_trainer(place, kind, None)
+    again = run_sharded_trainer(place, kind, 5)
+    assert again[1] == whole[1]
+    for name, want in whole[0].items():
+        torch.testing.assert_close(again[0][name], want, **TRAINING_FLOAT64)
+    for other in gathered(whole):
+        assert_equal(other, whole, kind)
+
+
 def part_nan() -> None:
     for strategy in ("ddp", "fsdp2"):
         results = gathered([(weights, fine) for weights, _, fine in run_nan(strategy)])
@@ -964,6 +978,7 @@ def run_nccl(folder: str, names: list[str]) -> dict[str, str]:
 
 
 PARTS = ["ddp", "fsdp2", "bits", "mixed_precision", "bytes", "resume ddp", "resume fsdp2", "nan"]
+PARTS += ["trainer FULL_STATE_DICT", "trainer SHARDED_STATE_DICT"]
 
 
 @pytest.mark.gpu

@@ -138,19 +138,26 @@ def run_sharded_trainer(
     folder: str, kind: str, resume: int | None
 ) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
     model = tiny_models.build("llama").double()
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    arguments: dict[str, Any] = {"ddp_backend": "gloo"}
+    gpus = torch.distributed.get_backend() == "nccl"
+    if gpus:
+        wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        config = {"version": 2, "state_dict_type": kind, **wrapped}
+        arguments = {"use_cpu": False, "fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    if resume is None:
+        arguments |= {"save_strategy": "steps", "save_steps": 5}
     trainer = build(
         Path(folder),
         model,
         FSDP_OPTIONS,
         max_steps=STEPS,
         max_grad_norm=0.3,
-        ddp_backend="gloo",
         train_sampling_strategy="sequential",
-        **(saving if resume is None else {}),
+        **arguments,
     )
-    shards_on(trainer.accelerator, plugin(state_dict_type=kind))
-    trainer.is_fsdp_enabled = True
+    if not gpus:
+        shards_on(trainer.accelerator, plugin(state_dict_type=kind))
+        trainer.is_fsdp_enabled = True
     shard_first(trainer)
     checkpoint = None if resume is None else f"{folder}/checkpoint-{resume}"
     optimizer = train(trainer, resume_from_checkpoint=checkpoint)
@@ -159,7 +166,10 @@ def run_sharded_trainer(
 
 
 def weights_of_state(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: distributed.whole(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+    return {
+        key: distributed.whole(value).cpu() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
