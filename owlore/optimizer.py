@@ -745,9 +745,10 @@ class OwLore(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an exact refresh whose step was skipped starts over."""
         super().zero_grad(set_to_none)
-        for member in self._members:
-            if member.projection is not None:
-                member.projection.found = None
+        if self._awaits_bases:
+            for member in self._members:
+                if member.projection is not None:
+                    member.projection.found = None
 
     def _build_buckets(self) -> list[_Bucket]:
         shared: dict[tuple[Any, ...], list[_Member]] = {}

@@ -819,6 +819,39 @@ def test_only_steps_with_a_gradient_count(tiny_llama, gradient):
         assert optimizer.state[member.param]["step"].item() == steps, member.entry.name
 
 
+@pytest.mark.parametrize("refresh", ["sketch", "exact"])
+def test_a_basis_that_no_gradient_gave_is_due_by_the_seed_of_each_step(tiny_llama, refresh):
+    options = {**SMALL, "blocks": "all", "gradient": "projected", "refresh": refresh}
+    optimizer = OwLore(tiny_llama, **options)
+    member = next(member for member in optimizer._members if member.projection is not None)
+    for step in range(3):
+        ids = batch(step)
+        tiny_llama(ids, labels=ids).loss.backward()
+        seed = projection.matrix_seed(optimizer.config.seed, step, member.entry.name)
+        assert member.projection.mode == refresh
+        assert member.projection.seed == seed
+        for param in member.takers:
+            param.grad = None
+        member.projection.found = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_basis_found_in_a_gradient_goes_with_it(tiny_llama, accumulation):
+    options = {**SMALL, "gradient": "projected", "refresh": "exact", "refresh_interval": 1}
+    optimizer = OwLore(tiny_llama, **options)
+    train_step(tiny_llama, optimizer, 0, accumulation)
+    layers = [m.projection for m in optimizer._members if m.projection is not None]
+    ids = batch(1)
+    tiny_llama(ids, labels=ids).loss.backward()
+    assert any(layer.found is not None for layer in layers)
+    # As where a GradScaler saw an overflow: no step() and no zero_grad() of the optimizer's.
+    tiny_llama.zero_grad()
+    tiny_llama(ids, labels=ids)
+    assert all(layer.found is None for layer in layers)
+
+
 class Launches(TorchDispatchMode):
     """Names of the torch ops that run inside."""
 
