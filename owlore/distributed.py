@@ -490,7 +490,8 @@ class Exchange:
 
     def average_(self, tensor: Tensor) -> None:
         """Replaces a whole tensor by its average over the ranks."""
-        if distributed.get_backend(self.group) == "nccl":
+        # Of several backends, as where none was named, the tensor's device has one.
+        if f"{tensor.device.type}:nccl" in distributed.get_backend_config(self.group):
             distributed.all_reduce(tensor, distributed.ReduceOp.AVG, group=self.group)
         else:
             distributed.all_reduce(tensor, group=self.group)
