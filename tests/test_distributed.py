@@ -982,6 +982,7 @@ PARTS += ["trainer FULL_STATE_DICT", "trainer SHARDED_STATE_DICT"]
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("count", [1, 2])
 def test_nccl(count, tmp_path, monkeypatch):
     if torch.cuda.device_count() < count:
@@ -990,7 +991,7 @@ def test_nccl(count, tmp_path, monkeypatch):
     # On one rank nothing is averaged, and shards are whole.
     parts = PARTS if count > 1 else ["fsdp2", "bits", "resume fsdp2"]
     answers = ranks.run(
-        run_nccl, str(tmp_path), parts, ranks=count, timeout=60, backend="nccl", wait=280
+        run_nccl, str(tmp_path), parts, ranks=count, timeout=60, backend="nccl", wait=360
     )
     failed = [text for answer in answers for text in answer.values() if text]
     assert not failed, "\n".join(failed)
