@@ -326,14 +326,15 @@ def test_frozen_embeddings_under_activation_checkpointing(tmp_path, reentrant, i
 # Resuming.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("state", ["reset", "keep", "offload"])
-def test_resuming_gives_the_same_bits(tmp_path, state, accumulation):
+def test_resuming_gives_the_same_bits(tmp_path, state, accumulation, dtype):
     options = {"state": state, "interval": 3, "refresh_interval": 2, "on_refresh": "transport"}
     arguments = {"gradient_accumulation_steps": accumulation, "max_steps": 9, "max_grad_norm": 0.5}
 
     def fresh(dropout: float = 0.1) -> nn.Module:
-        return tiny_models.build("llama", attention_dropout=dropout).bfloat16()
+        return tiny_models.build("llama", attention_dropout=dropout).to(dtype)
 
     model = fresh()
     saves = {"save_strategy": "steps", "save_steps": 1}

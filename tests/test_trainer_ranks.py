@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from test_distributed import CASES, assert_equal, compare_with_one_process, llam
 from test_distributed import OPTIONS as CASE_OPTIONS
 from test_distributed import STEPS as CASE_STEPS
 from test_distributed import rows as case_rows
-from test_trainer import OPTIONS, build, train
+from test_trainer import OPTIONS, Terminated, build, train
 from tolerances import TRAINING_FLOAT64
 from torch import Tensor
 
@@ -83,6 +84,39 @@ def test_the_trainer_on_two_ranks(tmp_path, options, accumulation):
     assert OPTIONS["interval"] != options["interval"]
     for name, want in model.state_dict().items():
         torch.testing.assert_close(whole[0][0][name], want, **TRAINING_FLOAT64)
+
+
+def run_terminated(folder: str, dies: bool) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """All ranks get SIGTERM before the fifth step, as torchrun hands it on; or resume."""
+    from transformers import trainer_jit_checkpoint
+
+    create = trainer_jit_checkpoint.CheckpointManager.__init__
+    trainer_jit_checkpoint.CheckpointManager.__init__ = functools.partialmethod(create, kill_wait=0)
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"))
+    model = tiny_models.build("llama")
+    trainer = build(
+        Path(folder),
+        model,
+        {"interval": 3, "refresh_interval": 2, "state": "keep"},
+        [Terminated()] if dies else [],
+        max_steps=STEPS,
+        ddp_backend="gloo",
+        train_sampling_strategy="sequential",
+        enable_jit_checkpoint=dies,
+    )
+    optimizer = train(trainer, resume_from_checkpoint=str(checkpoints[0]) if checkpoints else None)
+    return model.state_dict(), optimizer.state_dict(), trainer.state.global_step
+
+
+def test_sigterm_on_two_ranks_loses_nothing(tmp_path):
+    whole = ranks.run(run_terminated, str(tmp_path / "whole"), False)
+    for _, _, steps in ranks.run(run_terminated, str(tmp_path / "stopped"), True):
+        assert steps < STEPS
+    assert len(list((tmp_path / "stopped").glob("checkpoint-*"))) == 1
+    for again, want in zip(
+        ranks.run(run_terminated, str(tmp_path / "stopped"), False), whole, strict=True
+    ):
+        assert_equal(again, want, "resumed")
 
 
 # accelerate's FSDP2.
