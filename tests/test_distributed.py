@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -224,6 +225,10 @@ def run_wrappers() -> list[dict[str, Tensor]]:
                 copy.deepcopy(model)(input_ids=rows(0, 0), labels=rows(0, 0)).loss.backward()
             train(wrapped, optimizer, range(3, 6), rank)
             found.append(model.state_dict())
+    # As torch.compile wraps a wrapper.
+    outer = nn.Module()
+    outer._orig_mod = wrapped
+    assert distributed.find_ddp(outer) is wrapped
     return found
 
 
@@ -236,6 +241,88 @@ def test_every_kind_of_wrapper():
         for weights in found:
             for name, want in model.state_dict().items():
                 torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+
+
+class Picky(nn.Module):
+    """Leaves its second block out on rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.head = nn.Linear(12, 1)
+
+    def forward(self, x: Tensor, skips: bool) -> tuple[Tensor, None]:
+        for i, layer in enumerate(self.layers):
+            if i != 1 or not skips:
+                x = x + torch.tanh(layer(x))
+        return self.head(x).square().mean(), None
+
+
+def picky(optimizer: OwLore, model: nn.Module, rank: int | None) -> None:
+    for step in range(6):
+        x = torch.randn(2, 12, generator=torch.Generator().manual_seed(step))
+        mine = range(2) if rank is None else (rank,)
+        for i in mine:
+            loss, _ = model(x[i : i + 1].double(), i == 1)
+            (loss / len(mine)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+PICKY: list[dict[str, Any]] = [
+    {"rank": 3, "blocks": "all", "distribution": "uniform", "gradient": gradient, "lr": 1e-2}
+    for gradient in ("projected", "dense")
+]
+
+
+def run_picky() -> list[dict[str, Tensor]]:
+    rank = torch.distributed.get_rank()
+    found = []
+    # Some are averaged where they are, the others together.
+    distributed._LARGE = 12 * 12 * 8
+    for options in PICKY:
+        model = Picky().double()
+        optimizer = OwLore(model, **options)
+        picky(optimizer, DistributedDataParallel(model), rank)
+        found.append(model.state_dict())
+        optimizer.detach()
+        assert not model._forward_hooks
+    return found
+
+
+def test_a_block_that_a_rank_leaves_out_is_averaged_all_the_same():
+    for found in ranks.run(run_picky):
+        for options, weights in zip(PICKY, found, strict=True):
+            model = Picky().double()
+            before = copy.deepcopy(model.state_dict())
+            picky(OwLore(model, **options), model, None)
+            for name, want in model.state_dict().items():
+                torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+            assert not torch.equal(before["layers.1.weight"], weights["layers.1.weight"])
+
+
+def run_late() -> tuple[list[str], dict[str, Tensor]]:
+    """The last micro-batch of a step runs inside no_sync()."""
+    rank = torch.distributed.get_rank()
+    model = llama()
+    # What DDP averages itself it would not average then.
+    optimizer = OwLore(model, **OPTIONS | {"embeddings": "freeze", "head": "freeze"})
+    wrapped = DistributedDataParallel(model)
+    ids = rows(0, 0)[2 * rank : 2 * rank + 2]
+    with wrapped.no_sync():
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(warning.message) for warning in caught], optimizer._bases()
+
+
+def test_a_step_whose_gradients_are_not_averaged_averages_them():
+    (first, bases), (_, others) = ranks.run(run_late)
+    assert any("were not averaged over the ranks" in message for message in first)
+    assert_equal(others, bases, "bases")
+    assert bases
 
 
 def run_successors() -> list[dict[str, Tensor]]:
@@ -275,6 +362,18 @@ def test_a_second_optimizer_shares_what_the_first_left_alone():
                 torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
 
 
+def test_what_others_hid_from_ddp_stays_hidden(tiny_llama):
+    name = "_ddp_params_and_buffers_to_ignore"
+    OwLore(tiny_llama, **OPTIONS).detach()
+    assert not hasattr(tiny_llama, name)
+    setattr(tiny_llama, name, ["lm_head.weight"])
+    optimizer = OwLore(tiny_llama, **OPTIONS)
+    assert len(getattr(tiny_llama, name)) > 1
+    assert "lm_head.weight" in getattr(tiny_llama, name)
+    optimizer.detach()
+    assert getattr(tiny_llama, name) == ["lm_head.weight"]
+
+
 def count_collectives() -> list[tuple[str, int]]:
     """Names and bytes of the collective calls from now on."""
     calls: list[tuple[str, int]] = []
@@ -293,8 +392,8 @@ def count_collectives() -> list[tuple[str, int]]:
     return calls
 
 
-def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
-    """What goes over the wire in a step that sketches, and in one that steps."""
+def run_bytes(options: dict[str, Any], sharded: bool, built: str = "before") -> dict[str, Any]:
+    """What goes over the wire in a step that sketches, and in one that steps, of two batches."""
     calls = count_collectives()
     rank = torch.distributed.get_rank()
     model = llama().float()
@@ -303,7 +402,8 @@ def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
         shard(model)
         optimizer = OwLore(model, **OPTIONS | options)
     else:
-        optimizer = OwLore(model, **OPTIONS | options)
+        if built == "before":
+            optimizer = OwLore(model, **OPTIONS | options)
         model = DistributedDataParallel(model)
 
         # DDP wants its own annotations, or none.
@@ -315,10 +415,13 @@ def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
             return done
 
         model.register_comm_hook(None, hook)
+        if built == "after":
+            # The hook moves to the reducer that is built anew.
+            optimizer = OwLore(model, **OPTIONS | options)
     steps = []
     for step in range(2):
         start, bucket_start = len(calls), len(buckets)
-        train(model, optimizer, range(step, step + 1), rank)
+        train(model, optimizer, range(step, step + 1), rank, accumulation=2, quiet=True)
         sums = [size for name, size in calls[start:] if name == "all_reduce"]
         steps.append((sums, sum(buckets[bucket_start:])))
     members = [m for m in optimizer._members if optimizer._is_active(m)]
@@ -333,9 +436,11 @@ def run_bytes(options: dict[str, Any], sharded: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_only_low_rank_gradients_cross_in_one_call(sharded):
-    for counts in ranks.run(run_bytes, {}, sharded):
+@pytest.mark.parametrize(
+    "sharded, built", [(False, "before"), (False, "after"), (True, "after")], ids=str
+)
+def test_only_low_rank_gradients_cross_in_one_call(sharded, built):
+    for counts in ranks.run(run_bytes, {}, sharded, built):
         for (sums, buckets), key in zip(counts["steps"], ("Y", "R"), strict=True):
             assert len(sums) == 1
             # Each piece begins at a multiple of 256 bytes.
@@ -685,6 +790,28 @@ def run_wrong_orders() -> list[str]:
         frozen = {"embeddings": "freeze", "head": "freeze", "norms": "freeze"}
         OwLore(DistributedDataParallel(llama()), **OPTIONS | frozen)
 
+    def forgotten() -> None:
+        model = llama()
+        first = OwLore(model, **OPTIONS | {"embeddings": "freeze"})
+        wrapped = DistributedDataParallel(model)
+        wrapped(input_ids=rows_, labels=rows_).loss.backward()
+        first.detach()
+        kept = OwLore(model, **OPTIONS)
+        wrapped(input_ids=rows_, labels=rows_)
+        kept.detach()
+
+    def two_cuts() -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        model = llama()
+        linear = model.model.layers[0].mlp.up_proj
+        grid = mesh((1, 2))
+        for placements in ([Shard(0), Shard(0)], [Replicate(), Shard(1)]):
+            spread = nn.Parameter(distribute_tensor(linear.weight.detach(), grid, placements))
+            with pytest.raises(ValueError, match="without tensor parallelism"):
+                distributed.spread_of("weight", spread)
+        raise ValueError("refused twice")
+
     def tensor_parallel() -> None:
         from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
@@ -692,7 +819,7 @@ def run_wrong_orders() -> list[str]:
         parallelize_module(model.model.layers[0].mlp, mesh((2,)), {"down_proj": RowwiseParallel()})
         OwLore(model, **OPTIONS)
 
-    for build in (outer, late, nothing_left, tensor_parallel):
+    for build in (outer, late, nothing_left, forgotten, two_cuts, tensor_parallel):
         attempt(build)
     return messages
 
@@ -702,6 +829,8 @@ def test_wrong_orders_and_wrappers_say_what_to_do():
         "Wrap the very model that OwLore was built from",
         "call fully_shard first",
         "one of embeddings, head and norms must be 'full'",
+        "wrap the model anew",
+        "refused twice",
         "without tensor parallelism",
     ]
     for messages in ranks.run(run_wrong_orders):
@@ -742,7 +871,7 @@ def test_a_nan_on_one_rank_is_one_decision(strategy, monkeypatch):
         assert first[1]
 
 
-def run_debug() -> str:
+def run_debug() -> list[str]:
     rank = torch.distributed.get_rank()
     model = DistributedDataParallel(llama())
     optimizer = OwLore(model, **OPTIONS)
@@ -750,17 +879,23 @@ def run_debug() -> str:
     state = next(state for state in optimizer.state.values() if "basis" in state)
     if rank == 1:
         state["basis"][0, 0] += 1e-3
+    messages = []
     try:
         train(model, optimizer, range(1, 2), rank)
     except RuntimeError as error:
-        return str(error)
-    return ""
+        messages.append(str(error))
+    try:
+        optimizer._exchange.compare({}, (0, rank))
+    except RuntimeError as error:
+        messages.append(str(error))
+    return messages
 
 
 def test_debug_mode_finds_ranks_that_drifted_apart(monkeypatch):
     monkeypatch.setenv("OWLORE_DEBUG", "1")
-    for message in ranks.run(run_debug):
-        assert "has another model.layers" in message
+    for bases, blocks in ranks.run(run_debug):
+        assert "has another model.layers" in bases
+        assert "has another active blocks" in blocks
 
 
 def test_flat_groups_are_refused(tiny_llama, monkeypatch):
@@ -780,6 +915,10 @@ def test_flat_groups_are_refused(tiny_llama, monkeypatch):
             patch.setenv(name, "true")
             with pytest.raises(ValueError, match=message):
                 OwLore(llama(), **OPTIONS)
+    partitioned = llama()
+    partitioned.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .* FSDP2"):
+        OwLore(partitioned, **OPTIONS)
     engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
     engine.module = tiny_llama
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .* FSDP2"):
