@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from owlore import OwLore, prepare_load
+from owlore import OwLore, checkpoints, prepare_load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
 
@@ -122,6 +122,35 @@ def test_loading_from_a_dict_needs_no_files(tiny_llama):
     assert_same((model, optimizer), resumed)
 
 
+def test_a_flat_dict_is_read_as_the_nested_one(tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    optimizer = OwLore(model, **OPTIONS)
+    for step in range(7):
+        train_step(model, optimizer, step)
+    nested, flat = (
+        copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FORMS[form]))
+        for form in ("full", "flat")
+    )
+    want, found = checkpoints.read(nested), checkpoints.read({"epoch": 3, "optim": flat})
+    assert found.counters == want.counters
+    assert want.counters["steps"] == 7
+    # By the weight's name, or by that of its coordinates.
+    shapes = [
+        {
+            name.replace("owlore_coordinates", "weight"): {
+                key: getattr(value, "shape", value) for key, value in state.items()
+            }
+            for name, state in saved.states.items()
+        }
+        for saved in (want, found)
+    ]
+    assert shapes[0] == shapes[1]
+    assert any("basis" in state for state in want.states.values())
+    # What is read holds no memory.
+    tensors = [v for state in want.states.values() for v in state.values() if hasattr(v, "shape")]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_a_checkpoint_of_before_the_first_step(tiny_llama, tmp_path):
     model = copy.deepcopy(tiny_llama)
     optimizer = OwLore(model, **OPTIONS)
@@ -166,6 +195,13 @@ def scrambled(folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"nothing of the kind")
 
 
+def garbled(folder: Path) -> None:
+    """The numbers among the tensors are no longer what they were."""
+    for file in folder.glob("*.distcp"):
+        size = file.stat().st_size
+        file.write_bytes(b"\0" * size)
+
+
 def unfinished(folder: Path) -> None:
     (folder / ".metadata").unlink()
 
@@ -189,6 +225,7 @@ DAMAGES = {
     truncated: "is truncated: expected at least",
     lost: "is missing",
     scrambled: r"\.metadata is damaged",
+    garbled: "is damaged",
     unfinished: "no optimizer state in",
     empty: "no optimizer state that OwLore wrote",
     of_another: "no optimizer state that OwLore wrote",
@@ -222,6 +259,29 @@ def test_a_truncated_file_of_a_trainer_changes_nothing(tiny_llama, tmp_path, siz
     for path in (tmp_path, file):
         with pytest.raises(ValueError, match=r"checkpoint: .*optimizer\.pt is damaged"):
             prepare_load(optimizer, path)
+    assert contents(optimizer) == whole
+
+
+def test_files_that_are_missing_or_something_else_are_named(tiny_llama, tmp_path):
+    optimizer = OwLore(tiny_llama, **OPTIONS)
+    train_step(tiny_llama, optimizer, 0)
+    whole = contents(optimizer)
+    with pytest.raises(ValueError, match=r"checkpoint: there is no .*gone\.pt"):
+        prepare_load(optimizer, tmp_path / "gone.pt")
+    file = tmp_path / "other.pt"
+    adamw = torch.optim.AdamW(tiny_llama.parameters()).state_dict()
+    strange = copy.deepcopy(adamw)
+    strange["param_groups"][0]["owlore"] = 7
+    for content, message in (
+        ([1, 2], "holds a list, no state dict"),
+        (adamw, "not written by OwLore"),
+        ({"state": {}, "param_groups": []}, "not written by OwLore"),
+        ({"state.a.step": 1, "param_groups.a.lr": 1.0}, "not written by OwLore"),
+        (strange, "not written by OwLore"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=rf"checkpoint: .*{message}"):
+            prepare_load(optimizer, file)
     assert contents(optimizer) == whole
 
 
