@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import resource
 import signal
@@ -629,22 +630,26 @@ def test_mixed_precision_trains_float32_weights(options):
 
 
 def mesh(shape: tuple[int, ...]) -> Any:
+    """Of three dimensions the last two, as beside pipeline parallelism."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    names = ("replicate", "shard")[-len(shape) :]
-    return init_device_mesh(device().type, shape, mesh_dim_names=names)
+    names = ("stage", "replicate", "shard")[-len(shape) :]
+    made = init_device_mesh(device().type, shape, mesh_dim_names=names)
+    return made["replicate", "shard"] if len(shape) == 3 else made
 
 
 BOTH_PATHS: list[dict[str, Any]] = [{}, {"gradient": "dense"}]
 
 
-def run_hybrid(shape: tuple[int, int]) -> list[dict[str, Tensor]]:
+def run_hybrid(shape: tuple[int, ...]) -> list[dict[str, Tensor]]:
     return [train_hybrid(shape, options) for options in BOTH_PATHS]
 
 
-def train_hybrid(shape: tuple[int, int], options: dict[str, Any]) -> dict[str, Tensor]:
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = shard(llama(), mesh(shape))
+def train_hybrid(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Tensor]:
+    grid = mesh(shape)
+    size = grid.size()
+    rank = torch.distributed.get_rank() % size
+    model = shard(llama(), grid)
     optimizer = OwLore(model, **OPTIONS | options)
     for step in range(6):
         ids = rows(step, 0, size)[2 * rank : 2 * rank + 2]
@@ -655,10 +660,11 @@ def train_hybrid(shape: tuple[int, int], options: dict[str, Any]) -> dict[str, T
     return weights_of(model)
 
 
-@pytest.mark.parametrize("shape, size", [((2, 2), 4), ((1, 2), 2), ((2, 1), 2)])
-def test_hybrid_shards_equal_one_process(shape, size, monkeypatch):
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1), (2, 1, 2)], ids=str)
+def test_hybrid_shards_equal_one_process(shape, monkeypatch):
     monkeypatch.setenv("OWLORE_DEBUG", "1")
-    found = ranks.run(run_hybrid, shape, ranks=size)
+    size = math.prod(shape[-2:])
+    found = ranks.run(run_hybrid, shape, ranks=math.prod(shape))
     for i, options in enumerate(BOTH_PATHS):
         model = llama()
         optimizer = OwLore(model, **OPTIONS | options)
@@ -671,6 +677,45 @@ def test_hybrid_shards_equal_one_process(shape, size, monkeypatch):
         for results in found:
             for name, want in model.state_dict().items():
                 torch.testing.assert_close(results[i][name], want, **TRAINING_FLOAT64)
+
+
+def run_edges() -> tuple[tuple[int, ...], list[dict[str, Tensor]]]:
+    """A rank without rows, and a draw that finds blocks gathered by a forward pass before it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    row = nn.Parameter(distribute_tensor(torch.ones(1, 4), mesh((size,)), [Shard(0)]))
+    spread = distributed.spread_of("row", row)
+    assert spread is not None
+    part = spread.part_of(torch.ones(1, 4), 0)
+    found = []
+    for options in BOTH_PATHS:
+        model = llama()
+        for block in model.model.layers:
+            fully_shard(block, reshard_after_forward=False)
+        fully_shard(model)
+        optimizer = OwLore(model, **OPTIONS | options)
+        for step in range(STEPS):
+            if step % OPTIONS["interval"] == 0:
+                model.eval()
+                with torch.no_grad():
+                    model(input_ids=rows(0, 0))
+                model.train()
+            train(model, optimizer, range(step, step + 1), rank)
+        found.append(weights_of(model))
+    return tuple(part.shape), found
+
+
+def test_rows_and_gathered_weights_at_the_edges():
+    answers = ranks.run(run_edges)
+    assert [shape for shape, _ in answers] == [(1, 4), (0, 4)]
+    for i, options in enumerate(BOTH_PATHS):
+        model = llama()
+        train(model, OwLore(model, **OPTIONS | options), range(STEPS), None)
+        for _, found in answers:
+            for name, want in model.state_dict().items():
+                torch.testing.assert_close(found[i][name], want, **TRAINING_FLOAT64)
 
 
 def same_gradients(model: nn.Module, optimizer: OwLore, step: int) -> None:
