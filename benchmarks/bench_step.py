@@ -6,8 +6,9 @@ host_ms is how long step() keeps the calling thread, without waiting for the dev
 device's time for steps in a row. The case "llama2-7b-5-blocks" is the 35 matrices alone, with
 embedding, head and norms frozen; in "-and-dense" those train too (with a vocabulary of 512).
 Gradients are "kept" in their places, or "new" at every step, at addresses that no step saw before.
-launches and copies are the kernels, and the copies and fills of memory, of one step. The steps run
-under torch.cuda.set_sync_debug_mode("error").
+launches and copies are the kernels, and the copies and fills of memory, of one such step. The timed
+steps are those between two draws and two refreshes, and run under
+torch.cuda.set_sync_debug_mode("error").
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ def build_optimizer(
     model: torch.nn.Module, provider: str, rank: int, path: str, dense: bool
 ) -> torch.optim.Optimizer:
     """A provider's optimizer; `dense`: embedding, head and norms train too."""
+    # The provider before may have left some of them frozen.
+    model.requires_grad_(True)
     if provider == "owlore":
         return OwLore(
-            model, lr=1e-4, blocks="all", rank=rank, distribution="uniform",
+            model, lr=1e-4, blocks="all", rank=rank, distribution="uniform", interval=10**6,
             refresh_interval=10**6, gradient=path, **({} if dense else FROZEN),
         )  # fmt: skip
     for name, param in model.named_parameters():
@@ -88,10 +91,13 @@ def host_time(optimizer: torch.optim.Optimizer, device: str, moves: bool, repeat
     return statistics.median(samples[repeats // 4 :])
 
 
-def count_launches(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def count_launches(optimizer: torch.optim.Optimizer, moves: bool) -> dict[str, int]:
     """Kernels, and copies and fills of memory, in one step on the GPU."""
+    if moves:
+        move_gradients(optimizer)
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         optimizer.step()
         torch.cuda.synchronize()
     on_device = [
@@ -126,10 +132,11 @@ def main() -> None:
                 optimizer.zero_grad()
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()
-            counts = count_launches(optimizer) if args.device == "cuda" else {}
             timing = common.measure([optimizer.step], args.device, repeats=20, graph=False)
             for gradients in ("kept", "new"):
-                host = host_time(optimizer, args.device, gradients == "new", args.repeats)
+                moves = gradients == "new"
+                host = host_time(optimizer, args.device, moves, args.repeats)
+                counts = count_launches(optimizer, moves) if args.device == "cuda" else {}
                 rows.append(
                     {
                         "bench": "step", "case": CASE + ("-and-dense" if dense else ""),
