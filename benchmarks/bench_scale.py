@@ -9,13 +9,14 @@ bfloat16, embedding and head are frozen, gradient checkpointing is non-reentrant
 compiled. Each GPU has its own sequences. Where few blocks train they are spread evenly over the
 model, the first among them, so that backward has no short way.
 
-strategy is ddp, fsdp2 (fully_shard of each block and of the model) or one: the same training
-without a wrapper on each GPU in turn, while the others rest. tokens_per_s is that of all GPUs
-together. efficiency is the tokens per second of a GPU over those of `one`, the mean of the same
-GPUs. step_ms is the median of steps that follow one another without waiting for the device; steps
-that sketch bases are left out of it, and are in peak_gib, the largest
-torch.cuda.max_memory_allocated() of all GPUs. Rounds of `one` and ddp take turns, so that a machine
-that changes its pace changes both.
+strategy is ddp, fsdp2 (fully_shard of each block and of the model) or without a wrapper: one on
+each GPU in turn, while the others rest; each on all GPUs at once, which share the host.
+tokens_per_s is that of all GPUs together. efficiency is the tokens per second of a GPU over those
+of `one`, the mean of the same GPUs; efficiency_beside is over those of `each`. step_ms is the
+median of steps that follow one another without waiting for the device (step_ms_by_gpu: of each
+rank); steps that sketch bases are left out of it, and are in peak_gib, the largest
+torch.cuda.max_memory_allocated() of all GPUs. Rounds of `one`, `each` and ddp take turns, so that a
+machine that changes its pace changes all. Ranks have their own share of the host's cores.
 
 allreduce_mib_per_step counts what a rank hands to all-reduce calls, DDP's buckets included;
 dense_allreduce_mib_per_step is what plain DDP handed over in a step that formed the gradients of
@@ -24,6 +25,7 @@ of weights is in neither. exchange_ms is the part of a step on the device in whi
 
 path is projected, dense, or full: plain AdamW on all blocks, what dense DDP comes to.
 
+--profile prints where two steps of each case spend time, on the device and on the host.
 A row is written as soon as it is measured. A case that fails on all ranks is reported, and the
 others go on; --budget ends the run in time.
 """
@@ -56,7 +58,7 @@ from owlore import OwLore
 MIB, GIB = 2**20, 2**30
 NEVER = 10**9
 # DDP waits for the device in the first ten steps of a wrapper, to time itself.
-WARM = {"one": 4, "ddp": 12, "fsdp2": 4}
+WARM = {"one": 4, "each": 4, "ddp": 12, "fsdp2": 4}
 # Seconds that a case may take, at most.
 LONGEST = 25
 
@@ -97,9 +99,10 @@ class Counts:
 def cases(blocks: int) -> list[list[Case]]:
     """All rows, in groups on one model; `one` comes before what is compared with it."""
     few = max(1, 5 * blocks // 32)
-    low, some = [[Case(s, n) for s in ("one", "ddp", "fsdp2")] for n in (blocks, few)]
-    dense = [Case(s, few, "dense") for s in ("one", "ddp", "fsdp2")]
-    return [low, some, dense, [Case(s, blocks, "full") for s in ("one", "ddp")]]
+    strategies = ("one", "each", "ddp", "fsdp2")
+    low, some = [[Case(s, n) for s in strategies] for n in (blocks, few)]
+    dense = [Case(s, few, "dense") for s in strategies]
+    return [low, some, dense, [Case(s, blocks, "full") for s in strategies[:3]]]
 
 
 def count_bytes() -> Counts:
@@ -131,6 +134,8 @@ def under_ddp(model: nn.Module) -> DistributedDataParallel:
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        # The model's buffers are constants.
+        broadcast_buffers=False,
     )
 
     # DDP wants its own annotations, or none.
@@ -274,6 +279,8 @@ def measure(
     found.sums = (counts.sums - before.sums) / args.steps
     found.scattered = (counts.scattered - before.scattered) / args.steps
     found.exchange += training.exchanges(clock, 3)
+    if args.profile:
+        profile(case, training)
     training.check(loss)
     names = []
     if isinstance(training.optimizer, OwLore):
@@ -281,6 +288,33 @@ def measure(
         names = [m.entry.name for m in optimizer._members if optimizer._is_active(m)]
     training.end()
     return names
+
+
+def profile(case: Case, training: Training) -> None:
+    """Prints what two steps spend their time on; every rank takes part, the first one prints."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as seen:
+        began = time.perf_counter()
+        for i in range(2):
+            training.step(i)
+        launched = time.perf_counter() - began
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended = time.perf_counter() - began
+    averages = seen.key_averages()
+    kernels = [a for a in averages if a.device_type != torch.autograd.DeviceType.CPU]
+    busy = sum(a.self_device_time_total for a in kernels) / 2e3
+    print(
+        f"profile {case.name} rank {distributed.get_rank()}: launched in {500 * launched:.0f} ms, "
+        f"ended in {500 * ended:.0f} ms, device busy {busy:.0f} ms a step",
+        flush=True,
+    )
+    if distributed.get_rank() == 0:
+        print(averages.table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
+        print(averages.table(sort_by="self_device_time_total", row_limit=10), flush=True)
 
 
 def dense_bytes(
@@ -426,8 +460,9 @@ class Bench:
         ms = self.gathered(statistics.median(found.times))
         peak = max(self.gathered(found.peak))
         exchange = max(self.gathered(statistics.median(found.exchange or [0.0])))
-        # Ranks in turn have each their own time; under a wrapper all wait for the slowest.
-        ms = ms if case.strategy == "one" else [max(ms)] * self.gpus
+        by_gpu = [round(each, 2) for each in ms]
+        # Without a wrapper each has its own time; under one all wait for the slowest.
+        ms = ms if case.strategy in ("one", "each") else [max(ms)] * self.gpus
         rate = sum(1e3 * tokens / each for each in ms)
         dense = self.dense.get((case.blocks, case.path))
         if case.path == "full" and case.strategy == "ddp":
@@ -446,7 +481,9 @@ class Bench:
             "allreduce_mib_per_step": round(found.sums / MIB, 3),
             "dense_allreduce_mib_per_step": None if dense is None else round(dense / MIB, 3),
             "reduce_scatter_mib_per_step": round(found.scattered / MIB, 3),
+            "efficiency_beside": None,
             "step_ms": round(statistics.mean(ms), 2),
+            "step_ms_by_gpu": by_gpu,
             "exchange_ms": round(exchange, 2),
             "tokens": f"{args.rows}x{args.tokens}",
             "steps": len(found.times),
@@ -454,9 +491,10 @@ class Bench:
         }
         for other, row in self.rows.items():
             key = (other.blocks, other.path)
-            alone = self.rows.get(Case("one", *key))
-            if alone is not None:
-                row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"], 3)
+            for column, strategy in (("efficiency", "one"), ("efficiency_beside", "each")):
+                base = self.rows.get(Case(strategy, *key))
+                if base is not None:
+                    row[column] = round(row["tokens_per_s"] / base["tokens_per_s"], 3)
             if row["dense_allreduce_mib_per_step"] is None and key in self.dense:
                 row["dense_allreduce_mib_per_step"] = round(self.dense[key] / MIB, 3)
         if self.rank == 0:
@@ -479,6 +517,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="rounds of the first group")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--cases", nargs="*", help="only these, such as ddp/32/projected")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.add_argument("--budget", type=float, default=200, help="seconds for all cases")
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args(argv)
@@ -486,12 +525,18 @@ def main(argv: list[str] | None = None) -> None:
         args.rank = 8 if args.small else 128
     if args.small:
         args.tokens, args.steps = 32, 3
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # A machine without a network may not know its own name.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Otherwise the ranks' threads get into each other's way.
+    local, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // count
+    if share > 1:
+        os.sched_setaffinity(0, cores[local * share : (local + 1) * share])
     timeout = datetime.timedelta(seconds=90)
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         distributed.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
@@ -501,8 +546,9 @@ def main(argv: list[str] | None = None) -> None:
     for i, group in enumerate(cases(blocks)):
         wanted = {case.name for case in group if not args.cases or case.name in args.cases}
         if wanted:
-            # What is compared with `one` needs it.
-            chosen = [case for case in group if case.strategy == "one" or case.name in wanted]
+            # What is compared with others needs them.
+            bases = ("one", "each")
+            chosen = [case for case in group if case.strategy in bases or case.name in wanted]
             bench.group(chosen, args.rounds if i == 0 else 1)
     if bench.rank == 0:
         for text in bench.failed:

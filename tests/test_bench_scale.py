@@ -36,16 +36,20 @@ def test_rows_of_two_ranks(tmp_path: Path) -> None:
     chosen = ["ddp/4/projected", "fsdp2/4/projected", "ddp/1/dense", "fsdp2/1/dense", "ddp/4/full"]
     rows, _ = bench(tmp_path / "scale.json", "--cases", *chosen)
     found = {f"{row['strategy']}/{row['blocks']}/{row['path']}": row for row in rows}
-    assert set(found) == {*chosen, "one/4/projected", "one/1/dense", "one/4/full"}
+    groups = ("4/projected", "1/dense", "4/full")
+    assert set(found) == {*chosen, *(f"{base}/{g}" for base in ("one", "each") for g in groups)}
     for name, row in found.items():
         assert {
             "bench", "model", "strategy", "gpus", "blocks", "rank", "path", "peak_gib",
             "tokens_per_s", "efficiency", "allreduce_mib_per_step", "dense_allreduce_mib_per_step",
         } <= set(row)  # fmt: skip
-        alone = found["one" + name[name.index("/") :]]["tokens_per_s"]
-        assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / alone, abs=1e-3)
-        assert row["steps"] == (6 if name in ("one/4/projected", "ddp/4/projected") else 3)
-        if row["strategy"] == "one":
+        for column, base in (("efficiency", "one"), ("efficiency_beside", "each")):
+            rate = found[base + name[name.index("/") :]]["tokens_per_s"]
+            assert row[column] == pytest.approx(row["tokens_per_s"] / rate, abs=1e-3)
+        twice = name.endswith("4/projected") and row["strategy"] != "fsdp2"
+        assert row["steps"] == (6 if twice else 3)
+        assert len(row["step_ms_by_gpu"]) == 2
+        if row["strategy"] in ("one", "each"):
             assert row["allreduce_mib_per_step"] == 0
     # Weights and norms of four blocks in bfloat16, and the last norm.
     block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 176 * 64 + 2 * 64
@@ -71,6 +75,6 @@ def test_a_case_that_fails_loses_itself_alone(tmp_path: Path) -> None:
     chosen = ["ddp/1/projected", "ddp/4/full"]
     file = tmp_path / "scale.json"
     rows, text = bench(file, "--cases", *chosen, "--rank", "0", fails=True)
-    assert [row["path"] for row in rows] == ["full", "full"]
+    assert [row["path"] for row in rows] == ["full"] * 3
     for name in ("one/1/projected", "ddp/1/projected"):
         assert f"not measured: {name}: ValueError: rank: expected" in text
