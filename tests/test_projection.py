@@ -53,6 +53,21 @@ def test_choose_side(m, n, side, expected):
     assert projection.choose_side(m, n, side) == expected
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("refresh", [projection.refresh_bases, projection._refresh_in_batches])
+def test_steep_singular_values_are_captured(refresh, dtype, decay):
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, 40, generator=generator).double())[0] for d in (48, 40))
+    S = decay ** torch.arange(40.0, dtype=torch.float64)
+    G = (U * S @ V.mT).to(dtype)
+    options = {"method": "subspace"} if refresh is projection.refresh_bases else {}
+    for r in (4, 12):
+        P = refresh([G], [r], ["left"], [None], [7], **OPTIONS, **options)[0][0]
+        best = float(S[:r].square().sum() / S.square().sum())
+        assert best - energy(G, P, "left") < 2e-3
+
+
 @pytest.mark.parametrize("method", ["svd", "subspace", "random"])
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30), (12, 200), (1, 9), (9, 1)])
 @pytest.mark.parametrize("side", ["left", "right"])
