@@ -355,6 +355,8 @@ class OwLore(Optimizer):
         self._rng_steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._lrs: dict[tuple[str, torch.device], tuple[Tensor, float]] = {}
         self._warned: set[str] = set()
+        # Names and numbers of skipped gradients as of the last draw, until a step() reported them.
+        self._skips: list[tuple[list[str], projection.DeferredFlags]] = []
         self._reported_skips = 0
         self._detached = False
         self._before_load: _Before | None = None
@@ -441,8 +443,10 @@ class OwLore(Optimizer):
         Parameters without such a step are left out. Counted since construction or loading. Waits
         for the device.
         """
-        skipped = {m.entry.name: m.skipped for m in self._members if m.skipped is not None}
-        return {name: count for name, count in _read_together(skipped).items() if count}
+        return {name: count for name, count in _read_together(self._skip_counts()).items() if count}
+
+    def _skip_counts(self) -> dict[str, Tensor]:
+        return {m.entry.name: m.skipped for m in self._members if m.skipped is not None}
 
     def memory(self) -> dict[str, int]:
         """Bytes held now.
@@ -488,7 +492,10 @@ class OwLore(Optimizer):
 
     def _activate(self, index: int) -> None:
         self._read_pending()
-        self._report_skipped()
+        self._skips = [
+            (names, projection.DeferredFlags(counts))
+            for names, counts in _stacked(self._skip_counts())
+        ]
         before, self._active = self._active, self._draw(index)
         first, self._drawn = self._drawn < 0, index
         if first or before != self._active:
@@ -641,6 +648,7 @@ class OwLore(Optimizer):
         self.state.clear()
         self._buckets = None
         self._pending.clear()
+        self._skips.clear()
         self._energy.clear()
         self._detached = True
 
@@ -692,6 +700,8 @@ class OwLore(Optimizer):
         if self._is_probed():
             return loss
         self._abandon_load()
+        if self._skips:
+            self._report_skipped()
         if self._draw_is_due():
             self._warn_once(
                 "a draw of blocks was due and no training forward pass of "
@@ -1071,8 +1081,12 @@ class OwLore(Optimizer):
         return tensor
 
     def _report_skipped(self) -> None:
-        """Warns of non-finite gradients, at a draw: a wait for the device is cheap there."""
-        counts = self.nonfinite()
+        """Warns of the non-finite gradients that a draw counted, and forgets its counts."""
+        counts: dict[str, int] = {}
+        for counted, numbers in self._skips:
+            found = zip(counted, numbers.read(), strict=True)
+            counts.update((name, number) for name, number in found if number)
+        self._skips.clear()
         total = sum(counts.values())
         if total > self._reported_skips:
             names = ", ".join(list(counts)[:3])
@@ -1080,14 +1094,14 @@ class OwLore(Optimizer):
                 f"owlore: non-finite gradients were skipped in {total - self._reported_skips} "
                 f"updates of single parameters since the last draw (such as {names}); their "
                 "weights and moments were left as they were",
-                stacklevel=2,
+                stacklevel=5,
             )
             self._reported_skips = total
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"owlore: {message}", stacklevel=4)
+            warnings.warn(f"owlore: {message}", stacklevel=5)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the groups are complete from the start.
@@ -1183,6 +1197,7 @@ class OwLore(Optimizer):
         self._modes_step = -1
         self._buckets = None
         self._pending.clear()
+        self._skips.clear()
         self._energy.clear()
         self._rng_steps.clear()
         for member in self._members:
@@ -1618,14 +1633,19 @@ def _local_basis(state: dict[str, Any]) -> Tensor | None:
     return None if basis is None else distributed.local(basis)
 
 
-def _read_together(values: dict[str, Tensor]) -> dict[str, Any]:
-    """The values of tensors of no dimension, with one transfer a device."""
+def _stacked(values: dict[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Tensors of no dimension as one vector a device, with their names."""
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, value in values.items():
         by_device.setdefault(value.device, {})[name] = value
+    return [(list(some), torch.stack(list(some.values()))) for some in by_device.values()]
+
+
+def _read_together(values: dict[str, Tensor]) -> dict[str, Any]:
+    """The values of tensors of no dimension, with one transfer a device."""
     read: dict[str, Any] = {}
-    for some in by_device.values():
-        read.update(zip(some, torch.stack(list(some.values())).tolist(), strict=True))
+    for names, stacked in _stacked(values):
+        read.update(zip(names, stacked.tolist(), strict=True))
     return read
 
 

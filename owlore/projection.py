@@ -337,7 +337,7 @@ def transport(exp_avg: Tensor, old: Tensor, new: Tensor, side: str) -> Tensor:
 
 
 class DeferredFlags:
-    """Booleans computed on a device, read on the host later without stalling the present step.
+    """Flags or counts of a device, read on the host later without stalling the present step.
 
     The copy to pinned memory is queued at once; reading waits for that copy alone. One optimizer
     step lies in between, so by then the copy is long done.
@@ -349,12 +349,13 @@ class DeferredFlags:
             self._host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             self._host.copy_(flags, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The copy runs on the stream of the flags' device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(flags.device))
         else:
             self._host = flags
 
-    def read(self) -> list[bool]:
-        """The flags, once their copy has arrived."""
+    def read(self) -> list[int]:
+        """The flags or counts, once their copy has arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()

@@ -743,6 +743,39 @@ def test_nonfinite_gradient_at_a_refresh_leaves_it_due(tiny_llama, monkeypatch):
         train_step(tiny_llama, optimizer, 3)
 
 
+def test_a_draw_waits_for_no_count(tiny_llama, monkeypatch):
+    """What it reports is on its way to the host until the next step(), also where step() draws."""
+    reads = []
+    read = projection.DeferredFlags.read
+    monkeypatch.setattr(
+        projection.DeferredFlags, "read", lambda self: reads.append(self) or read(self)
+    )
+    monkeypatch.setattr(OwLore, "nonfinite", None)
+    optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all", "refresh_interval": 100})
+    for step in range(8):
+        ids = batch(step)
+        reads.clear()
+        tiny_llama(ids, labels=ids).loss.backward()
+        # The second pass looks at the bases of the first step.
+        assert not reads or step == 1
+        reads.clear()
+        if step in (1, 4):
+            tiny_llama.model.embed_tokens.weight.grad[0, 0] = float("nan")
+        if step == 6:
+            with pytest.warns(UserWarning, match="a draw of blocks was due"):
+                optimizer.step()
+            assert not reads
+        elif step in (3, 7):
+            with pytest.warns(UserWarning, match=r"in 1 updates .* \(such as model.embed_tokens"):
+                optimizer.step()
+            assert len(reads) == 1
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        # Without a pass in training mode the second draw is left to step().
+        tiny_llama.train(step < 5)
+
+
 def test_nonfinite_gradient_with_a_basis_skips_its_lines(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     train_step(tiny_llama, optimizer, 0)
@@ -909,6 +942,37 @@ def capture(step: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", ["reset", "keep", "offload"])
+def test_draws_on_a_gpu_do_not_wait_for_it(tiny_llama, state):
+    model = tiny_llama.to("cuda", torch.bfloat16)
+    optimizer = OwLore(model, **{**SMALL, "blocks": 1}, state=state)
+    drawn = set()
+    for step in range(12):
+        ids = batch(step).to("cuda")
+        if step > 0:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer._apply_due_draw()
+            torch.cuda.set_sync_debug_mode("default")
+            model(ids, labels=ids).loss.backward()
+            model.model.embed_tokens.weight.grad[0, 0] = float("nan")
+            if step > 0:
+                torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+        reports = [str(w.message) for w in seen if "non-finite" in str(w.message)]
+        assert len(reports) == (step in (3, 6, 9))
+        drawn.update(optimizer.active_blocks)
+        assert all("in 3 updates" in report for report in reports)
+    assert len(drawn) > 1
+    assert optimizer.nonfinite() == {"model.embed_tokens.weight": 12}
 
 
 @pytest.mark.gpu
