@@ -138,7 +138,7 @@ _LEAST_SCALE = 1e-30
 # Bytes of the columns of one batch.
 _BATCH_BYTES = 2**25
 # Steps of the iteration that finds the weakest of the columns carried.
-_INVERSE_STEPS = 10
+_INVERSE_STEPS = 16
 # What a Gram matrix of unit columns is raised by, so that its Cholesky factor exists.
 _SHIFT = 1e-14
 
@@ -207,7 +207,7 @@ def _subspace_of_batch(
     """Leading r left singular vectors, nearly, of matrices A of one shape.
 
     As `_subspace`, with two differences. Orthonormal bases come from Cholesky-QR with Gram matrices
-    in float64. And the surplus columns are the k - r weakest directions found, by ten steps of
+    in float64. And the surplus columns are the k - r weakest directions found, by sixteen steps of
     inverse iteration on Q^T A A^T Q; the r others keep the order of the iteration, which tends to
     the order of the singular values, and are not rotated to single singular vectors.
 

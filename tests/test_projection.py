@@ -53,7 +53,7 @@ def test_choose_side(m, n, side, expected):
     assert projection.choose_side(m, n, side) == expected
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("decay", [0.8, 0.7, 0.5, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("refresh", [projection.refresh_bases, projection._refresh_in_batches])
 def test_steep_singular_values_are_captured(refresh, dtype, decay):
@@ -65,7 +65,7 @@ def test_steep_singular_values_are_captured(refresh, dtype, decay):
     for r in (4, 12):
         P = refresh([G], [r], ["left"], [None], [7], **OPTIONS, **options)[0][0]
         best = float(S[:r].square().sum() / S.square().sum())
-        assert best - energy(G, P, "left") < 2e-3
+        assert best - energy(G, P, "left") < 1e-4
 
 
 @pytest.mark.parametrize("method", ["svd", "subspace", "random"])
