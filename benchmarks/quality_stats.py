@@ -87,10 +87,16 @@ def value(row: Row) -> float:
     return float(row["accuracy"] if row["task"] == "commonsense" else row["loss"])
 
 
+def score(row: Row) -> float:
+    """What a row is judged by, turned so that more is better."""
+    return value(row) if row["task"] == "commonsense" else -value(row)
+
+
 def best_rates(rows: Iterable[Row], task: str) -> dict[str, tuple[str, float]]:
     """Variant and learning rate of each method that did best on the validation split.
 
-    The mean over seeds decides; of equal ones the lower rate wins.
+    The mean over seeds decides among the pairs of variant and rate that have the most seeds; of
+    equal ones the lower rate wins.
 
     Returns:
         {method: (variant, learning rate)}
@@ -99,14 +105,13 @@ def best_rates(rows: Iterable[Row], task: str) -> dict[str, tuple[str, float]]:
     for row in rows:
         if row["task"] == task and row["split"] == "validation":
             key = (row["method"], row["variant"], row["lr"])
-            found.setdefault(key, []).append(value(row))
-    sign = 1 if task == "commonsense" else -1
-    best: dict[str, tuple[float, float, str]] = {}
-    for (method, variant, lr), values in sorted(found.items()):
-        entry = (sign * statistics.mean(values), -lr, variant)
-        if method not in best or entry[:2] > best[method][:2]:
+            found.setdefault(key, []).append(score(row))
+    best: dict[str, tuple[int, float, float, str]] = {}
+    for (method, variant, lr), scores in sorted(found.items()):
+        entry = (len(scores), statistics.mean(scores), -lr, variant)
+        if method not in best or entry[:3] > best[method][:3]:
             best[method] = entry
-    return {method: (variant, -minus) for method, (_, minus, variant) in best.items()}
+    return {method: (variant, -minus) for method, (_, _, minus, variant) in best.items()}
 
 
 def summarise(

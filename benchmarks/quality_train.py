@@ -274,6 +274,7 @@ class TrainResult:
     Attributes:
         loss: Mean loss of the last fifty steps.
         seconds: Wall time of the steps.
+        start_bytes: Device memory allocated before the first step: weights and batches.
         peak_bytes: Most device memory allocated.
         state_bytes: Most bytes of gradients, moments and bases of a step.
         captures: CUDA graphs captured.
@@ -281,6 +282,7 @@ class TrainResult:
 
     loss: float
     seconds: float
+    start_bytes: int
     peak_bytes: int
     state_bytes: int
     captures: int
@@ -325,7 +327,7 @@ def train(
         warmup: Share of the steps over which the rate rises.
     """
     if not batches:
-        return TrainResult(0.0, 0.0, 0, 0, 0)
+        return TrainResult(0.0, 0.0, 0, 0, 0, 0)
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     device = batches[0].ids.device
@@ -354,6 +356,7 @@ def train(
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated() if cuda else 0
     began = time.perf_counter()
     with _side_stream(cuda):
         for step, batch in enumerate(batches):
@@ -375,7 +378,7 @@ def train(
     passes.clear()
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     last = float(losses[-50:].mean())
-    return TrainResult(last, seconds, peak, most_state, passes.captures)
+    return TrainResult(last, seconds, start, peak, most_state, passes.captures)
 
 
 @contextlib.contextmanager

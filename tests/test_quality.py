@@ -248,32 +248,131 @@ def test_the_test_table_needs_the_validation_table(tmp_path: Path) -> None:
         quality.run(args)
     assert list(quality.jobs("test", [])) == []
     rows = rows_of(quality.jobs("validation", []))
+    assert {row["seed"] for row in rows} == {0}
+    rows = rows_of(quality.jobs("validation", rows))
     chosen = [job for job in quality.jobs("test", rows) if job.chosen]
     assert len(chosen) == 5 * len(quality.MAIN)
     assert {job.split for job in chosen} == {"test"}
 
 
 def rows_of(jobs) -> list[dict]:
-    """Rows as finished runs leave them, better with a higher rate."""
-    return [{**job._asdict(), "bench": "quality", "accuracy": 10 + job.lr} for job in jobs]
+    """Rows as finished runs leave them, the better the higher the rate and the fewer options."""
+    return [
+        {**job._asdict(), "bench": "quality",
+         "accuracy": 10 + 1e4 * job.lr - 2 * job.variant.count("=")}
+        for job in jobs
+    ]  # fmt: skip
 
 
 def test_a_method_is_tested_once_its_own_validation_is_complete() -> None:
-    wanted = list(quality.jobs("validation", []))
+    wanted = list(quality.jobs("validation", rows_of(quality.jobs("validation", []))))
     rows = rows_of(job for job in wanted if job.method in ("full", "lora"))
     assert {job.method for job in quality.jobs("test", rows)} == {"full", "lora"}
     assert {job.lr for job in quality.jobs("test", rows)} == {1e-3}
-    missing = next(job for job in wanted if job.method == "lora" and job.lr == 1e-3)
-    rows = [row for row in rows if quality.key_of(row) != missing.key]
-    assert {job.method for job in quality.jobs("test", rows)} == {"full"}
-    # A run that failed is not waited for.
-    found = {job.method: job.lr for job in quality.jobs("test", rows, {missing.key})}
-    assert found == {"full": 1e-3, "lora": 3e-4}
-    # The controls wait for the default alone, not for its variants.
+    for missing in (job for job in wanted if job.method == "lora" and job.lr == 1e-3):
+        without = [row for row in rows if quality.key_of(row) != missing.key]
+        assert {job.method for job in quality.jobs("test", without)} == {"full"}
+        # A run that failed is not waited for.
+        left = {missing.key}
+        left |= {job.key for job in quality.jobs("validation", without, left)}
+        found = {job.method: job.lr for job in quality.jobs("test", without, left)}
+        assert found == {"full": 1e-3, "lora": 3e-4 if missing.seed == 0 else 1e-3}
+    # The controls wait for the default with one seed, not for variants and more seeds.
     default = [job for job in wanted if job.method == "owlore" and job.variant == "default"]
+    default += [job for job in wanted if job.method == "full"]
+    default = [job for job in default if job.seed == 0]
     controls = list(quality.jobs("controls", rows_of(default)))
     assert {job.lr for job in controls} == {1e-3}
     assert "reverse" in {job.method for job in controls}
+
+
+def test_runs_near_the_best_are_run_with_more_seeds_and_their_mean_decides() -> None:
+    def wanted(rows, method="full", **how):
+        return quality.validation_jobs("commonsense", method, rows, **how)
+
+    def validation(lr, values, method="full"):
+        return [row(method, lr, v, "validation", seed) for seed, v in enumerate(values)]
+
+    first = validation(1e-4, [46.0]) + validation(3e-4, [46.8]) + validation(1e-3, [45.7])
+    assert {job.seed for job in wanted(first[:2])} == {0}
+    again = [(job.lr, job.seed) for job in wanted(first) if job.seed]
+    assert again == [(1e-4, 1), (3e-4, 1), (1e-4, 2), (3e-4, 2)]
+    assert {job.seed for job in wanted(first, again=False)} == {0}
+    # A run that failed neither counts nor is waited for.
+    found = wanted(first[:2], failed={wanted([])[2].key})
+    assert [(job.lr, job.seed) for job in found[3:]] == again
+    slow = [{**entry, "method": "dora"} for entry in first]
+    assert {job.seed for job in wanted(slow, "dora")} == {0}
+    # Alone, 3e-4 is the best, and 1e-3 better than the mean of either.
+    done = validation(1e-4, [46.0, 45.4, 45.6]) + validation(3e-4, [46.8, 44.0, 44.1]) + first[2:]
+    assert quality.chosen_rates("commonsense", done[:-2], methods=["full"]) == {}
+    assert quality.chosen_rates("commonsense", done, methods=["full"]) == {
+        "full": ("default", 1e-4)
+    }
+    how = {"methods": ["full"], "again": False}
+    assert quality.chosen_rates("commonsense", done, **how) == {"full": ("default", 3e-4)}
+    assert quality.validation_jobs("gsm8k", "full", done) == quality.validation_jobs(
+        "gsm8k", "full"
+    )
+
+
+def test_rivals_have_rates_of_their_own_for_what_embeddings_do() -> None:
+    assert list(quality.jobs("embeddings", [])) == []
+    rows = rows_of(quality.jobs("embeddings-validation", []))
+    for entry in rows:
+        if (entry["method"], entry["lr"]) == ("full", 3e-4):
+            entry["accuracy"] = 99.0
+    assert list(quality.jobs("embeddings", rows)) == []
+    every = rows_of(quality.jobs("embeddings-validation", rows))
+    for entry in every:
+        if (entry["method"], entry["lr"]) == ("full", 3e-4):
+            entry["accuracy"] = 99.0
+    found = list(quality.jobs("embeddings", every))
+    assert {job.lr for job in found if job.method == "full"} == {3e-4}
+    assert {job.lr for job in found if job.method != "full"} == {1e-3}
+    assert {(job.method, job.variant) for job in found} == set(quality.EMBEDDINGS)
+    assert len(found) == 5 * len(quality.EMBEDDINGS)
+    # They are no candidates: what is compared as full fine-tuning trains all weights at one rate.
+    assert quality.chosen_rates("commonsense", every) == {}
+    assert not any(job.chosen for job in found)
+
+
+def test_tables_may_name_methods(tmp_path: Path) -> None:
+    assert quality.table_of("test") == ("test", [])
+    assert quality.table_of("gsm8k:full,owlore") == ("gsm8k", ["full", "owlore"])
+    for text in ("tests", "test:fill"):
+        with pytest.raises(SystemExit, match=f"no table {text}: expected one of validation"):
+            quality.table_of(text)
+    args = argparse.Namespace(
+        tables=["validation:lora", "validation"], only=None, rows=tmp_path / "rows", done=[]
+    )
+    claims = quality_queue.Claims(tmp_path / "claims")
+    found = [quality.next_job(args, claims, (), 9.0, {})[0].method for _ in range(4)]
+    assert found == ["lora", "lora", "lora", "full"]
+
+
+def test_a_merge_names_anew_what_was_chosen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "REPEATS", {"commonsense": 1, "gsm8k": 1})
+    lines = [row("full", lr, 40 + 1e4 * lr, "validation") for lr in quality.RATES]
+    for lr in (3e-4, 1e-3):
+        lines.append({**row("full", lr, 45, "test"), "chosen": lr == 3e-4})
+    lines.append({**row("full", 1e-3, 45, "test", variant="steps=0"), "chosen": True})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = argparse.Namespace(json=tmp_path / "new" / "q.json", files=[tmp_path / "rows.jsonl"])
+    args.json.parent.mkdir()
+    quality.merge(args)
+    merged = quality.read_rows([args.json])
+    assert len(merged) == len(lines)
+    chosen = [(r["variant"], r["lr"]) for r in merged if r["chosen"]]
+    assert chosen == [("default", 1e-3)]
+    # As long as runs are missing, one seed of those that are there decides.
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in lines[:2] + lines[3:])
+    )
+    args.json.unlink()
+    quality.merge(args)
+    chosen = [(r["variant"], r["lr"]) for r in quality.read_rows([args.json]) if r["chosen"]]
+    assert chosen == [("default", 3e-4)]
 
 
 def test_a_run_is_claimed_once_and_a_crashed_one_is_taken_up(tmp_path: Path) -> None:
@@ -350,9 +449,12 @@ def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
     assert [take({lora}) for _ in range(4)] == ["lora"] * 3 + ["full"]
     args.only = ["lora"]
     assert take(()) == "wait"
-    rows = rows_of(quality.jobs("validation", []))
+    rows = rows_of(quality.jobs("validation", rows_of(quality.jobs("validation", []))))
+    rows = [row for row in rows if row["method"] == "full"] + [
+        row for row in rows if row["method"] == "lora" and row["lr"] == 1e-4
+    ]
     args.rows.write_text(
-        "".join(json.dumps({**row, "wall_seconds": 50.0}) + "\n" for row in rows[:4]) + '{"half'
+        "".join(json.dumps({**row, "wall_seconds": 50.0}) + "\n" for row in rows) + '{"half'
     )
     assert take(()) == "wait"
     assert take((), left=40.0) == "2 runs left: out of time"
