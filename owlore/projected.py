@@ -142,39 +142,88 @@ def _backward(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor]
     return backward
 
 
-def _code_of_pack() -> CodeType | None:
-    """The code of the hook by which torch's checkpoint drops what its first forward saves.
+# Which pass of a non-reentrant checkpoint a forward belongs to: the first, whose saved tensors are
+# dropped but for shape, dtype and device, or the recomputation, which saves them again.
+FIRST, AGAIN = "first", "again"
 
-    None where this version of torch cannot tell; then every forward computes what it saves.
+
+def _packs() -> dict[CodeType | None, str]:
+    """The code of the hooks that torch's checkpoint packs saved tensors with, and their passes.
+
+    Empty where this version of torch cannot tell; then every forward computes all it saves.
     """
-    made = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
     asked = (
         (torch._C, "_len_torch_dispatch_stack"),
         (torch._C, "_len_torch_function_stack"),
         (torch._C._autograd, "_top_saved_tensors_default_hooks"),
     )
-    if made is None or not all(hasattr(module, name) for module, name in asked):
-        return None
-    codes = [code for code in made.__init__.__code__.co_consts if isinstance(code, CodeType)]
-    return next((code for code in codes if code.co_name == "pack_hook"), None)
+    found: dict[CodeType | None, str] = {}
+    if not all(hasattr(module, name) for module, name in asked):
+        return found
+    for hook, of in (("_checkpoint_hook", FIRST), ("_recomputation_hook", AGAIN)):
+        made = getattr(torch.utils.checkpoint, hook, None)
+        for code in () if made is None else made.__init__.__code__.co_consts:
+            if isinstance(code, CodeType) and code.co_name == "pack_hook":
+                found[code] = of
+    return found
 
 
-_CHECKPOINT_PACK = _code_of_pack()
+_CHECKPOINT_PACKS = _packs()
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def _is_dropped(x: Tensor) -> bool:
-    """Whether a non-reentrant checkpoint drops what a layer with input x saves for backward.
+def _checkpoint_pass(x: Tensor, weight: Tensor) -> str | None:
+    """FIRST or AGAIN if what a layer saves for backward goes to a non-reentrant checkpoint.
 
-    All it keeps are shape, dtype and device; its recomputation saves the tensor again. (A reentrant
-    one runs its first forward without gradients.) False wherever somebody else might see the
-    product or its absence, as the dispatch mode of a selective checkpoint does.
+    (A reentrant one runs its first forward without gradients.) None wherever somebody else might
+    see what is done differently then, as the dispatch mode of a selective checkpoint does.
     """
-    if torch.compiler.is_compiling() or _CHECKPOINT_PACK is None or type(x) is not Tensor:
-        return False
+    if torch.compiler.is_compiling() or not _CHECKPOINT_PACKS:
+        return None
+    if type(x) is not Tensor or type(weight) not in _PLAIN:
+        return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
+        return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__code__", None) is _CHECKPOINT_PACK
+    if hooks is None:
+        return None
+    # torch 2.13 wraps the recomputation's hook to keep torch.compile out.
+    pack: Any = getattr(hooks[0], "__wrapped__", hooks[0])
+    return _CHECKPOINT_PACKS.get(getattr(pack, "__code__", None))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Y = X W^T + b in the dtype of X."""
+    W = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    y = F.linear(x, W, bias)
+    # With a bias it may be a view, and a view that a Function returns cannot be written to.
+    return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coordinates: Tensor,
+    P: Tensor | None,
+    seed: Tensor | None,
+    right: bool,
+    state: Projection | None,
+) -> Tensor:
+    """`_LinearFunction`, which in a checkpoint's recomputation saves before its product.
+
+    A recomputation ends with the last tensor it saves. torch's own linear layer saves its weight
+    before its product, so that the last product of a region does not run again. A Function saves
+    after its forward: this one returns a stand-in, whose place the product takes afterwards.
+    """
+    of = _checkpoint_pass(x, weight)
+    y = _LinearFunction.apply(x, weight, bias, coordinates, P, seed, right, state, of)
+    if of is AGAIN:
+        with torch.no_grad():
+            y.data = _product(x, weight, bias)
+    return y
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -191,15 +240,18 @@ class _LinearFunction(torch.autograd.Function):
         seed: Tensor | None,
         right: bool,
         state: Projection | None,
+        of: str | None,
     ) -> Tensor:
         """Saves X P (right) or X (left); `P` is None where a test matrix takes its place."""
-        W = weight if weight.dtype == x.dtype else weight.to(x.dtype)
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        y = F.linear(x, W, bias)
+        if of is AGAIN:
+            # Shape, dtype and device of Y.
+            shape = (*x.shape[:-1], weight.shape[0])
+            y = torch.empty_strided(shape, (0,) * x.dim(), dtype=x.dtype, device=x.device)
+        else:
+            y = _product(x, weight, bias)
         if right:
             n, columns = x.shape[-1], coordinates.shape[1]
-            if _is_dropped(x):
+            if of is FIRST:
                 # Shape, dtype and device of X P without the product. Backward never sees it.
                 XP = x.as_strided((x.shape[:-1].numel(), columns), (0, 0))
             else:
@@ -246,7 +298,7 @@ class _LinearFunction(torch.autograd.Function):
                     P = P if P.dtype == dY.dtype else P.to(dY.dtype)
                     R = _mm((tokens @ P).mT, X, ctx.dtype)
             R = ctx.as_gradient(R)
-        return dX, None, dbias, R, None, None, None, None
+        return dX, None, dbias, R, None, None, None, None, None
 
 
 def _as_gradient(coordinates: Tensor) -> Callable[[Tensor], Tensor]:
@@ -407,7 +459,7 @@ class ProjectedLinear(ProjectedLayer, nn.Linear):
         """As `nn.Linear`. [..., n] to [..., m]."""
         if not self._computes_r():
             return super().forward(input)
-        return _LinearFunction.apply(_autocast(input), self.weight, self.bias, *self._plan())
+        return _linear(_autocast(input), self.weight, self.bias, *self._plan())
 
 
 class _ProjectedConv1D(ProjectedLayer):
@@ -418,7 +470,7 @@ class _ProjectedConv1D(ProjectedLayer):
         if not self._computes_r():
             return super().forward(x)
         weight, bias = cast(Tensor, self.weight), cast(Tensor, self.bias)
-        return _LinearFunction.apply(_autocast(x), weight.mT, bias, *self._plan())
+        return _linear(_autocast(x), weight.mT, bias, *self._plan())
 
 
 class ProjectedEmbedding(ProjectedLayer, nn.Embedding):

@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
@@ -798,7 +799,7 @@ def test_a_model_that_hardly_fits_is_warned_of(name, warns):
         assert "model.layers.*.mlp.experts.gate_up_proj" in texts[0]
 
 
-# A checkpoint's first forward.
+# A checkpoint's first forward and its recomputation.
 
 
 class Twice(nn.Module):
@@ -886,24 +887,25 @@ def in_autocast(model: nn.Module, x: Tensor) -> Tensor:
         return again(model, x).float()
 
 
-# How a model is called, and whether each forward of a layer leaves X P out, in their order.
-CALLS: list[tuple[Any, list[bool]]] = [
-    (again, [True, True, False, False]),
-    (partial(again, determinism_check="none"), [True, True, False, False]),
-    (partial(again, preserve_rng_state=False), [True, True, False, False]),
-    (without_early_stop, [True, True, False, False]),
+FIRST, AGAIN = projected.FIRST, projected.AGAIN
+# How a model is called, and the pass that each forward of a layer is, in their order.
+CALLS: list[tuple[Any, list[str | None]]] = [
+    (again, [FIRST, FIRST, AGAIN, AGAIN]),
+    (partial(again, determinism_check="none"), [FIRST, FIRST, AGAIN, AGAIN]),
+    (partial(again, preserve_rng_state=False), [FIRST, FIRST, AGAIN, AGAIN]),
+    (without_early_stop, [FIRST, FIRST, AGAIN, AGAIN]),
     # The recomputation of the outer one, which ends before `second`, is a first forward of `first`.
-    (nested, [True, True, True, False, False]),
-    (inside_hooks, [True, True, False, False]),
+    (nested, [FIRST, FIRST, FIRST, AGAIN, AGAIN]),
+    (inside_hooks, [FIRST, FIRST, AGAIN, AGAIN]),
     # Nothing is left to recompute.
-    (around_hooks, [False, False]),
-    (part_around_hooks, [False, True, False, False]),
-    (selective, [False] * 4),
-    (under_a_device, [False] * 4),
-    (in_autocast, [True, True, False, False]),
+    (around_hooks, [None, None]),
+    (part_around_hooks, [None, FIRST, None, AGAIN]),
+    (selective, [None] * 4),
+    (under_a_device, [None] * 4),
+    (in_autocast, [FIRST, FIRST, AGAIN, AGAIN]),
     (compiled_inside, []),
     (compiled_outside, []),
-    (lambda model, x: checkpoint(model, x, use_reentrant=True), [False, False]),
+    (lambda model, x: checkpoint(model, x, use_reentrant=True), [None, None]),
 ]
 NAMES = [
     "plain", "unchecked", "rng", "late stop", "nested", "inside hooks", "around hooks",
@@ -913,8 +915,8 @@ NAMES = [
 
 
 @pytest.mark.parametrize("mode", [projected.BASIS, projected.SKETCH])
-@pytest.mark.parametrize(("call", "dropped"), CALLS, ids=NAMES)
-def test_a_checkpoint_changes_no_gradient(call, dropped, mode, monkeypatch):
+@pytest.mark.parametrize(("call", "passes"), CALLS, ids=NAMES)
+def test_a_checkpoint_changes_no_gradient(call, passes, mode, monkeypatch):
     torch._dynamo.reset()
     model = Twice(mode)
     name = COORDINATES if mode == projected.BASIS else SKETCH
@@ -935,18 +937,18 @@ def test_a_checkpoint_changes_no_gradient(call, dropped, mode, monkeypatch):
             return model(x).float()
 
     expected = gradients(plainly)
-    answers: list[bool] = []
-    is_dropped = projected._is_dropped
+    answers: list[str | None] = []
+    checkpoint_pass = projected._checkpoint_pass
 
-    def spy(x: Tensor) -> bool:
-        answers.append(is_dropped(x))
+    def spy(x: Tensor, weight: Tensor) -> str | None:
+        answers.append(checkpoint_pass(x, weight))
         return answers[-1]
 
     # torch.compile would trace the spy.
-    if dropped:
-        monkeypatch.setattr(projected, "_is_dropped", spy)
+    if passes:
+        monkeypatch.setattr(projected, "_checkpoint_pass", spy)
     found = gradients(call)
-    assert answers == dropped
+    assert answers == passes
     for ours, theirs in zip(found, expected, strict=True):
         assert float(theirs.abs().sum()) > 0
         torch.testing.assert_close(ours, theirs, **tolerances.OP_FLOAT32)
@@ -976,16 +978,131 @@ def test_the_first_forward_of_a_checkpoint_runs_no_product_that_is_dropped(monke
     assert products(model, x, lambda model, x: model(x)) == 2
     assert products(model, x, again) == 0
     # A version of torch whose checkpoint is another.
-    monkeypatch.setattr(projected, "_CHECKPOINT_PACK", None)
+    monkeypatch.setattr(projected, "_CHECKPOINT_PACKS", {})
     assert products(model, x, again) == 2
 
 
 def test_a_dropped_product_that_nobody_recomputes_is_an_error(monkeypatch):
     model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
-    monkeypatch.setattr(projected, "_is_dropped", lambda x: True)
+    monkeypatch.setattr(projected, "_checkpoint_pass", lambda x, weight: FIRST)
     y = model(x)
     with pytest.raises(RuntimeError, match="left its first product to the recomputation"):
         y.sum().backward()
+
+
+def recomputed(loss: Tensor, weight: nn.Parameter) -> int:
+    """Products with a weight of this shape that a backward pass recomputes."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::linear"]
+    return sum(shape[1] == list(weight.shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("mode", [projected.BASIS, projected.SKETCH, projected.EXACT])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_recomputation_ends_before_its_last_product(side, mode, monkeypatch):
+    model, x = Twice(projected.BASIS), torch.randn(T, N, requires_grad=True)
+    for linear in (model.first, model.second):
+        state = projected.install(linear, side, R, 2 * R, (N, N), torch.float32)
+        state.mode, state.seed = mode, torch.tensor(5)
+        state.basis = orthonormal(N, R, torch.float32)
+    weight = model.first.weight
+    assert recomputed(again(model, x).sum(), weight) == 1
+    assert recomputed(without_early_stop(model, x).sum(), weight) == 2
+    # A version of torch whose checkpoint is another.
+    monkeypatch.setattr(projected, "_CHECKPOINT_PACKS", {})
+    assert recomputed(again(model, x).sum(), weight) == 2
+
+
+def test_a_block_recomputes_no_product_of_its_last_layer(tiny_llama):
+    tiny_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all"})
+    for step in range(2):  # the first one sketches
+        ids = batch(step)
+        mlp = tiny_llama.model.layers[0].mlp
+        loss = tiny_llama(ids, labels=ids).loss
+        assert recomputed(loss, mlp.down_proj.weight) == 0
+        loss = tiny_llama(ids, labels=ids).loss
+        assert recomputed(loss, mlp.up_proj.weight) == 2 * len(tiny_llama.model.layers)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("needs_dX", [False, True])
+@pytest.mark.parametrize("shape", [(T, N), (3, T, N), (N,)])
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_saving_before_the_product_changes_no_bit(
+    side, kind, shape, needs_dX, contiguous, monkeypatch
+):
+    module = layer(kind, torch.bfloat16)
+    state, coordinates = install(module, side)
+    state.mode = projected.BASIS
+    state.basis = orthonormal(M if side == "left" else N, R, torch.bfloat16)
+    x, dY = torch.randn(shape).bfloat16(), torch.randn(*shape[:-1], M).bfloat16()
+    if not contiguous:
+        x = torch.stack([x, x], dim=-1)[..., 0]
+    found = []
+    # Right wherever it is done, in a recomputation or not.
+    for of in (None, AGAIN):
+        monkeypatch.setattr(projected, "_checkpoint_pass", lambda x, weight, of=of: of)
+        inputs = x.detach().requires_grad_(needs_dX)
+        y = module(inputs)
+        output = y.detach().clone()
+        # As an activation in place does it.
+        y.mul_(2).backward(dY)
+        found.append([output, coordinates.grad, inputs.grad, getattr(module.bias, "grad", None)])
+        module.zero_grad()
+        inputs.grad = None
+    for before, after in zip(*found, strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)
+    assert (found[0][2] is not None) is needs_dX
+
+
+def test_a_recomputation_leaves_nothing_behind():
+    model = Twice(projected.BASIS)
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    def run() -> None:
+        y = again(model, torch.randn(T, N, requires_grad=True))
+        node = weakref.ref(y.grad_fn)
+        y.sum().backward()
+        del y
+        assert node() is None
+        model.zero_grad()
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            run()
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_checkpoint_is_differentiated_once_unless_its_graph_is_kept():
+    y = again(Twice(projected.BASIS), torch.randn(T, N, requires_grad=True))
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_a_layer_may_run_twice_in_a_checkpoint():
+    model, x = Twice(projected.BASIS), torch.randn(T, N)
+    found = []
+    for way in (lambda twice, x: twice(x), again):
+        inputs = x.clone().requires_grad_()
+        way(nn.Sequential(model, model), inputs).square().sum().backward()
+        found.append([inputs.grad, model.first.owlore_coordinates.grad])
+        model.zero_grad()
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_backward_has_no_gradient_itself():
@@ -1114,8 +1231,11 @@ def test_cuda_equals_the_dense_path_on_the_same_bases(tiny_llama, dtype, case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [projected.BASIS, projected.SKETCH])
-def test_cuda_checkpointing_changes_no_gradient(mode):
+def test_cuda_checkpointing_changes_no_gradient(mode, monkeypatch):
     model = Twice(mode).to("cuda")
+    run = []
+    product = projected._product
+    monkeypatch.setattr(projected, "_product", lambda *args: run.append(0) or product(*args))
     name = COORDINATES if mode == projected.BASIS else SKETCH
     for linear in (model.first, model.second):
         linear._owlore.basis = linear._owlore.basis.cuda()
@@ -1125,6 +1245,8 @@ def test_cuda_checkpointing_changes_no_gradient(mode):
         way(model, x).square().sum().backward()
         found.append([x.grad, *(getattr(m, name).grad for m in (model.first, model.second))])
         x.grad = model.first._parameters[name].grad = model.second._parameters[name].grad = None
+    # Two without a checkpoint, two in its first forward and one in its recomputation.
+    assert len(run) == 5
     for plain, checkpointed in zip(*found, strict=True):
         assert torch.equal(plain, checkpointed)
 
