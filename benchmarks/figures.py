@@ -3,7 +3,8 @@
     python benchmarks/figures.py
 
 Reads benchmarks/results/*/*.json, writes docs/figures/*.png and the tables between the markers in
-README.md. `--check` writes nothing and fails if a table is not what the results say.
+README.md and docs/distributed.md. `--check` writes nothing and fails if a table is not what the
+results say.
 """
 
 from __future__ import annotations
@@ -246,13 +247,45 @@ def outlier_chart(path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+SHARING = {"one": "one GPU alone", "ddp": "DDP", "fsdp2": "FSDP2"}
+PATHS = {"projected": "owlore", "dense": "owlore, gradient formed", "full": "AdamW"}
+
+
+def scale_table() -> str:
+    """Training on several GPUs; empty as long as there are no results."""
+    if not (RESULTS / "h200x2" / "scale.json").is_file():
+        return ""
+    rows = [row for row in load("scale", "h200x2") if row["strategy"] in SHARING]
+    rows.sort(key=lambda r: (list(PATHS).index(r["path"]), -r["blocks"],
+                             list(SHARING).index(r["strategy"])))  # fmt: skip
+    head = ["method", "blocks that train", "on", "peak GiB of a GPU", "tokens/s", "efficiency",
+            "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
+    cells = []
+    for row in rows:
+        alone = row["strategy"] == "one"
+        cells.append(
+            (
+                PATHS[row["path"]],
+                row["blocks"],
+                SHARING[row["strategy"]] + ("" if alone else f", {row['gpus']} GPUs"),
+                f"{row['peak_gib']:.2f}",
+                f"{row['tokens_per_s'] / (row['gpus'] if alone else 1):,.0f}",
+                "" if alone else f"{row['efficiency']:.2f}",
+                "" if alone else f"{row['allreduce_mib_per_step']:,.0f}",
+                "" if alone else f"{row['dense_allreduce_mib_per_step']:,.0f}",
+            )
+        )
+    return markdown(head, cells)
+
+
 def filled(readme: str, tables: dict[str, str]) -> str:
-    """The README with each table between its markers."""
+    """A page with each table between its markers."""
     for name, table in tables.items():
         start, end = f"<!-- {name}: make figures -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
-        assert pattern.search(readme), f"README.md has no place for {name}"
-        readme = pattern.sub(f"{start}\n{table}\n{end}", readme)
+        assert pattern.search(readme), f"no page has a place for {name}"
+        inside = f"\n{table}\n" if table else "\n"
+        readme = pattern.sub(f"{start}{inside}{end}", readme)
     return readme
 
 
@@ -261,20 +294,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the tables")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(
-        before, {"train": training_table(), "step": step_table(), "outliers": outlier_table()}
-    )
+    tables = {
+        "README.md": {
+            "train": training_table(), "step": step_table(), "outliers": outlier_table(),
+        },
+        "docs/distributed.md": {"scale": scale_table()},
+    }  # fmt: skip
+    before = {name: (ROOT / name).read_text(encoding="utf-8") for name in tables}
+    after = {name: filled(text, tables[name]) for name, text in before.items()}
     if args.check:
-        if after != before:
-            print("README.md does not show the committed results: run make figures")
+        for name in tables:
+            if after[name] != before[name]:
+                print(f"{name} does not show the committed results: run make figures")
         return int(after != before)
     FIGURES.mkdir(parents=True, exist_ok=True)
     training_chart(FIGURES / "train.png")
     step_chart(FIGURES / "step.png")
     outlier_chart(FIGURES / "outliers.png")
-    path.write_text(after, encoding="utf-8")
+    for name, text in after.items():
+        (ROOT / name).write_text(text, encoding="utf-8")
     return 0
 
 
