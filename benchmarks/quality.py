@@ -4,6 +4,7 @@
     python benchmarks/quality.py run test --data DATA --rows FILE         # 5 seeds at the best rate
     python benchmarks/quality.py run embeddings-validation embeddings --data DATA --rows FILE
     python benchmarks/quality.py run controls --data DATA --rows FILE     # one choice at a time
+    python benchmarks/quality.py run distributions --data DATA --rows FILE
     python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
@@ -89,12 +90,15 @@ WAYS = ((True, True), (False, True), (False, False))
 NEEDS = {
     "test": ("validation", "commonsense"),
     "controls": ("validation", "commonsense"),
+    "distributions": ("validation", "commonsense"),
     "gsm8k": ("gsm8k-validation", "gsm8k"),
 }
 TABLES = (
-    "validation", "test", "embeddings-validation", "embeddings", "controls", "gsm8k-validation",
-    "gsm8k", "refresh",
+    "validation", "test", "embeddings-validation", "embeddings", "distributions", "controls",
+    "gsm8k-validation", "gsm8k", "refresh",
 )  # fmt: skip
+# Tables that run one seed after another, so that a short one has all rows.
+SEEDWISE = ("controls", "distributions", "refresh")
 RESTART = 75
 
 # What each method is by default. OwLore methods: options that differ from OwLoreConfig's defaults.
@@ -185,6 +189,13 @@ CONTROLS = [
             "blocks=all,embeddings=freeze,head=freeze,rank=16",
         )
     ),
+]  # fmt: skip
+# What outlier scores are for, with five seeds: which blocks train, and at which rank each.
+FROZEN_32 = "blocks=all,embeddings=freeze,head=freeze,rank=32"
+DISTRIBUTIONS = [
+    ("owlore", "default"), ("uniform", "default"), ("reverse", "default"), ("owlore", FROZEN_32),
+    ("owlore", f"{FROZEN_32},rank_distribution=probability"),
+    ("reverse", f"{FROZEN_32},rank_distribution=probability"),
 ]  # fmt: skip
 REFRESH = [
     f"{scope},{how}"
@@ -279,11 +290,12 @@ def jobs(
                 yield Job(
                     task, "galore", "implementation=galore-torch", best["galore"][1], seed, "test"
                 )
-    elif table == "controls":
+    elif table in ("controls", "distributions"):
         # By one seed, so that the controls of two calls have one rate.
         best = chosen_rates(task, done, failed, ("default",), ("full", "owlore"), again=False)
-        for seed in range(3):
-            for method, variant in CONTROLS:
+        wanted = DISTRIBUTIONS if table == "distributions" else CONTROLS
+        for seed in range(5 if table == "distributions" else 3):
+            for method, variant in wanted:
                 like = "full" if method == "full" else "owlore"
                 if like in best:
                     yield Job(task, method, variant, best[like][1], seed, "test")
@@ -716,7 +728,7 @@ def next_job(
         only = methods or args.only
         for job in jobs(table, done, failed):
             if job.key not in ended and (not only or job.method in only):
-                seed = job.seed if table in ("controls", "refresh") else 0
+                seed = job.seed if table in SEEDWISE else 0
                 order.append(((number, seed, kind(job) not in kinds), job))
     order.sort(key=lambda entry: entry[0])
     same = ("gpu", "processes")
@@ -861,30 +873,29 @@ def merge(args: argparse.Namespace) -> None:
     )
 
 
-def interval(found: tuple[float, float, float] | None) -> str:
-    """A difference with its interval as text."""
-    return "" if found is None else f"{found[0]:+.3g} [{found[1]:+.3g}, {found[2]:+.3g}]"
-
-
 def summary(args: argparse.Namespace) -> None:
     """Prints the tables as Markdown."""
     files = args.files or sorted(RESULTS.glob("*/quality.json"))
     rows = [row for file in files for row in read_rows([file])]
+    timed = [row for file in files for row in read_rows([file], "quality-time")]
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
-        print_summary([row for row in rows if row["gpu"] == gpu], gpu, args.against)
+        own = [row for row in rows if row["gpu"] == gpu]
+        print_summary(own, gpu, tuple(args.against), timed)
 
 
-def print_summary(rows: list[dict[str, Any]], gpu: str, against: tuple[str, str | None]) -> None:
+def print_summary(
+    rows: list[dict[str, Any]], gpu: str, against: tuple[str, str], timed: list[dict[str, Any]]
+) -> None:
     """Prints the tables of one kind of GPU: what two of them made is not compared."""
     for task in SPLITS:
         for split in ("validation", "test"):
-            table = quality_stats.summarise(rows, task, split, against)
+            table = quality_stats.summarise(rows, task, split, against, timed)
             if not table:
                 continue
             head = [
-                "method", "variant", "lr", "seeds", "mean", "deviation",
-                f"against {against[0]}", "state MiB", "peak GiB", "seconds", "trained",
-                "per task",
+                "method", "variant", "lr", "seeds", "mean", "deviation", f"against {against[0]}",
+                "against its base", "against uniform", "against reverse", "state MiB",
+                f"of {against[0]}'s", "peak GiB", "seconds", "trained", "per task",
             ]  # fmt: skip
             lines = [head, ["---"] * len(head)]
             for e in table:
@@ -892,8 +903,15 @@ def print_summary(rows: list[dict[str, Any]], gpu: str, against: tuple[str, str 
                 tasks = " / ".join(f"{value:.1f}" for value in e["per_task"].values())
                 lines.append([
                     e["method"] + (" *" if e["chosen"] else ""), e["variant"], f"{e['lr']:.0e}",
-                    str(e["seeds"]), f"{e['mean']:.4g}", deviation, interval(e["against"]),
-                    f"{e['state_mib']:.0f}", f"{e['peak_gib']:.2f}", f"{e['seconds']:.1f}",
+                    str(e["seeds"]), f"{e['mean']:.4g}", deviation,
+                    *(
+                        quality_stats.interval(e[name], task)
+                        for name in ("against", "base", "uniform", "reverse")
+                    ),
+                    f"{e['state_mib']:.0f}",
+                    "" if e["state_share"] is None else f"{100 * e['state_share']:.0f}%",
+                    f"{e['peak_gib']:.2f}",
+                    "" if e["seconds"] is None else f"{e['seconds']:.1f}",
                     f"{e['trained_parameters'] / 1e6:.1f}M", tasks,
                 ])  # fmt: skip
             print(f"\n{task}, {split}, {gpu}\n")
@@ -941,7 +959,7 @@ def main() -> None:
     four = commands.add_parser("summary", help="means, deviations, paired differences")
     four.add_argument("files", type=Path, nargs="*", default=[])
     four.add_argument(
-        "--against", nargs=2, default=("full", None), metavar=("METHOD", "VARIANT"),
+        "--against", nargs=2, default=("full", "default"), metavar=("METHOD", "VARIANT"),
         help="what the others are compared with, seed by seed (default: full fine-tuning)",
     )  # fmt: skip
     four.set_defaults(do=summary)

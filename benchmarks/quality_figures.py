@@ -24,10 +24,6 @@ def chosen(rows: Sequence[Row], task: str) -> list[Row]:
     return quality_stats.summarise(named, task, "test")
 
 
-def _interval(found: tuple[float, float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
-
-
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
     """Head and cells of the table: commonsense accuracy, and the loss of GSM8K where there is one.
 
@@ -52,9 +48,10 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         cells.append(
             [
                 name, f"{entry['lr']:g}", f"{entry['mean']:.2f}{deviation}",
-                "" if entry["method"] == "full" else _interval(entry["against"]),
+                quality_stats.interval(entry["against"], "commonsense"),
                 "" if loss is None else f"{loss['mean']:.4f}", f"{entry['state_mib']:.0f}",
-                f"{entry['peak_gib']:.2f}", f"{entry['seconds']:.0f}", entry["seeds"],
+                f"{entry['peak_gib']:.2f}",
+                "" if entry["seconds"] is None else f"{entry['seconds']:.0f}", entry["seeds"],
             ]
         )  # fmt: skip
     return head, cells

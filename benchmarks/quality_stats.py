@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "best_rates", "paired", "summarise", "t_quantile"]
+__all__ = ["accuracy", "best_rates", "interval", "paired", "score", "summarise", "t_quantile"]
 
 Row = dict[str, Any]
+# Methods that are alike but for the distribution of the blocks.
+DRAWING = ("owlore", "uniform", "reverse", "decrease")
 
 
 def accuracy(
@@ -82,6 +84,15 @@ def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     return mean, mean - half, mean + half
 
 
+def interval(found: tuple[float, float, float] | None, task: str) -> str:
+    """A difference with its interval as text."""
+    digits = 2 if task == "commonsense" else 4
+    if found is None:
+        return ""
+    mean, low, high = (f"{number:+.{digits}f}" for number in found)
+    return f"{mean} [{low}, {high}]"
+
+
 def value(row: Row) -> float:
     """What a row is judged by: the mean accuracy in percent, or the loss."""
     return float(row["accuracy"] if row["task"] == "commonsense" else row["loss"])
@@ -114,52 +125,99 @@ def best_rates(rows: Iterable[Row], task: str) -> dict[str, tuple[str, float]]:
     return {method: (variant, -minus) for method, (_, _, minus, variant) in best.items()}
 
 
+def base_of(variant: str, known: Collection[str]) -> str | None:
+    """The variant without its last options that is known, or "default"; None for the default."""
+    options = variant.split(",")
+    for count in range(len(options) - 1, 0, -1):
+        if ",".join(options[:count]) in known:
+            return ",".join(options[:count])
+    return None if variant == "default" else "default"
+
+
 def summarise(
-    rows: Sequence[Row], task: str, split: str, against: tuple[str, str | None] = ("full", None)
+    rows: Sequence[Row],
+    task: str,
+    split: str,
+    against: tuple[str, str] = ("full", "default"),
+    timed: Sequence[Row] = (),
 ) -> list[Row]:
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
+
+    Differences are seed by seed, with their 95% interval, and None with fewer than two seeds in
+    common: `against`; `base`, to the same method and rate without the variant's last options;
+    of a method that draws blocks, `uniform` and `reverse`, to those distributions with the same
+    variant and rate.
 
     Args:
         rows: Rows of runs.
         task: The task.
         split: "validation" or "test".
-        against: Method, and variant or None for any, of the runs that all are compared with (of
-            several, and of several rates, those with the most seeds, then the better ones). The
-            difference, seed by seed, is `against` with its 95% interval.
+        against: Method and variant of the runs that all are compared with (of several rates the
+            chosen one, then the one with the most seeds, then the better one).
+        timed: Rows of runs that had a GPU for themselves: seconds and peak memory are theirs.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
     for row in rows:
         if row["task"] == task and row["split"] == split:
             key = (row["method"], row["variant"], row["lr"])
             groups.setdefault(key, {})[row["seed"]] = row
-    sign = 1 if task == "commonsense" else -1
 
-    def rank(key: tuple[str, str, float]) -> tuple[int, float]:
-        values = [value(row) for row in groups[key].values()]
-        return len(values), sign * statistics.mean(values)
+    def rank(key: tuple[str, str, float]) -> tuple[bool, int, float]:
+        own = groups[key].values()
+        chosen = any(row.get("chosen") for row in own)
+        return chosen, len(own), statistics.mean(score(row) for row in own)
 
-    method, variant = against
-    like = [key for key in groups if key[0] == method and variant in (None, key[1])]
-    best = max(like, key=rank, default=None)
-    reference = {} if best is None else {s: value(r) for s, r in groups[best].items()}
+    def difference(
+        key: tuple[str, str, float], other: tuple[str, str, float] | None
+    ) -> tuple[float, float, float] | None:
+        mine, theirs = (
+            {seed: value(row) for seed, row in groups.get(k, {}).items()} if k else {}
+            for k in (key, other)
+        )
+        return paired(mine, theirs)
+
+    like = [key for key in groups if key[:2] == tuple(against)]
+    reference = max(like, key=rank, default=None)
+    state = max((row["state_mib"] for row in groups.get(reference, {}).values()), default=0.0) \
+        if reference else 0.0  # fmt: skip
     table = []
-    for (method, variant, lr), by_seed in groups.items():
-        values = {seed: value(row) for seed, row in by_seed.items()}
+    for key, by_seed in groups.items():
+        method, variant, lr = key
         own = list(by_seed.values())
+        values = [value(row) for row in own]
+        known = {k[1] for k in groups if (k[0], k[2]) == (method, lr)}
+        base = base_of(variant, known)
+        alone = [
+            row
+            for row in timed
+            if (row["task"], row["method"], row["variant"]) == (task, method, variant)
+        ]
+        draws = {
+            name: difference(key, (name, variant, lr))
+            if method in DRAWING and method != name
+            else None
+            for name in ("uniform", "reverse")
+        }
         entry: Row = {
-            "method": method, "variant": variant, "lr": lr, "seeds": len(values),
-            "mean": statistics.mean(values.values()),
-            "deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
-            "against": paired(values, reference),
-            "peak_gib": max(row["peak_gib"] for row in own),
+            "method": method, "variant": variant, "lr": lr, "seeds": len(own),
+            "mean": statistics.mean(values),
+            "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            "against": None if key == reference else difference(key, reference),
+            "base": difference(key, (method, base, lr)) if base else None,
+            "base_name": base,
+            **draws,
             "state_mib": max(row["state_mib"] for row in own),
-            "seconds": statistics.mean(row["seconds"] for row in own),
+            # What an earlier run of a process has left counts in some: not in the least.
+            "peak_gib": min(row["peak_gib"] for row in alone or own),
+            "seconds": statistics.mean(row["seconds"] for row in alone) if alone else None,
             "trained_parameters": own[0]["trained_parameters"],
             "chosen": any(row.get("chosen") for row in own),
         }  # fmt: skip
+        entry["state_share"] = entry["state_mib"] / state if state else None
         names = own[0].get("per_task") or {}
         entry["per_task"] = {
             name: statistics.mean(row["per_task"][name] for row in own) for name in names
         }
         table.append(entry)
+    sign = 1 if task == "commonsense" else -1
     return sorted(table, key=lambda e: -sign * e["mean"])

@@ -220,6 +220,47 @@ def test_summary_compares_seed_by_seed() -> None:
     assert table[1]["deviation"] == pytest.approx(1.0)
 
 
+def test_summary_compares_a_variant_with_its_base_and_with_other_distributions() -> None:
+    both = "blocks=all,embeddings=freeze,head=freeze"
+    assert quality_stats.base_of("default", {"default"}) is None
+    assert quality_stats.base_of("rank=32", {"default"}) == "default"
+    assert quality_stats.base_of(both, {"default", "blocks=all", "head=freeze"}) == "blocks=all"
+    assert quality_stats.base_of(f"{both},rank=32", {both, "blocks=all"}) == both
+    values = {
+        ("full", "default", 1e-4): (50, 51, 52), ("full", "default", 3e-4): (60, 60, 60),
+        ("full", "head=freeze", 1e-4): (70, 71, 72, 73),
+        ("owlore", "default", 3e-4): (45, 46, 47), ("owlore", "rank=32", 3e-4): (44, 44, 47),
+        ("uniform", "default", 3e-4): (44, 45, 46), ("uniform", "default", 1e-3): (10, 10, 10),
+        ("reverse", "rank=32", 3e-4): (40, 41), ("lora", "default", 3e-4): (1,),
+    }  # fmt: skip
+    rows = [
+        {**row(method, lr, value, "test", seed, variant), "chosen": lr == 1e-4,
+         "state_mib": 8.0 if method == "full" else 2.0, "peak_gib": 3.0 - seed}
+        for (method, variant, lr), of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]  # fmt: skip
+    timed = [{**row("owlore", 1e-3, 0, "test"), "peak_gib": 7.0, "seconds": 9.0}]
+    table = quality_stats.summarise(rows, "commonsense", "test", timed=timed)
+    found = {(e["method"], e["variant"], e["lr"]): e for e in table}
+    # The reference is the chosen rate of the default, whatever did better.
+    own, low = found["owlore", "default", 3e-4], found["owlore", "rank=32", 3e-4]
+    assert own["against"] == pytest.approx((-5, -5, -5))
+    assert found["full", "default", 1e-4]["against"] is None
+    assert found["lora", "default", 3e-4]["against"] is None
+    # Differences -1, -2 and 0; deviation 1.
+    half = 4.302653 / 3**0.5
+    assert low["base"] == pytest.approx((-1, -1 - half, -1 + half), rel=1e-5)
+    assert (own["base"], low["base_name"]) == (None, "default")
+    assert own["uniform"] == pytest.approx((1, 1, 1))
+    assert own["reverse"] is None
+    assert low["reverse"] == pytest.approx((3.5, 3.5 - 12.7062 / 2, 3.5 + 12.7062 / 2), rel=1e-5)
+    assert found["full", "default", 3e-4]["uniform"] is None
+    assert own["state_share"] == 0.25
+    assert (own["peak_gib"], own["seconds"]) == (7.0, 9.0)
+    assert (low["peak_gib"], low["seconds"]) == (1.0, None)
+    assert quality_stats.interval(own["against"], "gsm8k") == "-5.0000 [-5.0000, -5.0000]"
+
+
 def test_variants_are_options() -> None:
     assert quality.parse_variant("default") == {}
     assert quality.parse_variant("blocks=all,rank=64,floor=0.2,side=auto") == {
@@ -283,6 +324,10 @@ def test_a_method_is_tested_once_its_own_validation_is_complete() -> None:
     default = [job for job in default if job.seed == 0]
     controls = list(quality.jobs("controls", rows_of(default)))
     assert {job.lr for job in controls} == {1e-3}
+    distributions = list(quality.jobs("distributions", rows_of(default)))
+    assert {job.key[1:3] for job in distributions} == set(quality.DISTRIBUTIONS)
+    assert [job.seed for job in distributions[:7]] == [0] * 6 + [1]
+    assert len(distributions) == 5 * len(quality.DISTRIBUTIONS)
     assert "reverse" in {job.method for job in controls}
 
 
