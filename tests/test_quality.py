@@ -356,9 +356,23 @@ def test_runs_near_the_best_are_run_with_more_seeds_and_their_mean_decides() -> 
     }
     how = {"methods": ["full"], "again": False}
     assert quality.chosen_rates("commonsense", done, **how) == {"full": ("default", 3e-4)}
-    assert quality.validation_jobs("gsm8k", "full", done) == quality.validation_jobs(
-        "gsm8k", "full"
-    )
+
+
+def test_a_best_rate_at_the_end_of_the_grid_is_followed_by_one_beyond_it() -> None:
+    def validation(losses):
+        rows = [
+            {**row("lora", lr, 0, "validation"), "task": "gsm8k", "loss": loss}
+            for lr, loss in losses.items()
+        ]
+        jobs = quality.validation_jobs("gsm8k", "lora", rows)
+        return [job.lr for job in jobs], quality.chosen_rates("gsm8k", rows, methods=["lora"])
+
+    grid = list(quality.RATES)
+    assert validation({1e-4: 0.8, 3e-4: 0.6, 1e-3: 0.7}) == (grid, {"lora": ("default", 3e-4)})
+    falling = {1e-4: 0.8, 3e-4: 0.7, 1e-3: 0.6}
+    assert validation(falling) == ([*grid, 3e-3], {})
+    assert validation({**falling, 3e-3: 0.5}) == ([*grid, 3e-3], {"lora": ("default", 3e-3)})
+    assert validation({**falling, 3e-3: 0.7}) == ([*grid, 3e-3], {"lora": ("default", 1e-3)})
 
 
 def test_rivals_have_rates_of_their_own_for_what_embeddings_do() -> None:
