@@ -46,7 +46,11 @@ def is_dtensor(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    part: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_dtensor(tensor):
+        return tensor
+    # Without gradients it is handed out as it is; to detach it first takes as long as a launch.
+    held: Any = tensor.detach() if torch.is_grad_enabled() else tensor
+    part: Tensor = held.to_local()
     return part
 
 
