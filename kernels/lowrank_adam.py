@@ -9,7 +9,9 @@ in scratch memory for the update, which walks down W's rows on either side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -1009,6 +1011,36 @@ def config_for(architecture: int, rank: int, itemsize: int) -> Config:
     return _SMALL[-1][1]
 
 
+# Triton's versions that compile the Gluon kernel without spills: its language is an experiment yet
+# and changes with each.
+_GLUON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+
+
+@functools.cache
+def gluon() -> ModuleType | None:
+    """The module that updates W on sm_90, if this Triton can compile it."""
+    interpreted = not isinstance(_update_kernel, triton.JITFunction)
+    if interpreted or ".".join(triton.__version__.split(".")[:2]) not in _GLUON_VERSIONS:
+        return None
+    try:
+        from . import lowrank_adam_sm90
+    except (ImportError, AttributeError):
+        return None
+    return lowrank_adam_sm90
+
+
+def _walks(
+    shapes: Sequence[tuple[int, int]], cols: int, walk: int
+) -> list[tuple[int, int, int, int]]:
+    """Matrix, first column, first row and end of the rows of each updating program."""
+    return [
+        (k, s, w, min(w + walk, m))
+        for k, (m, n) in enumerate(shapes)
+        for w in range(0, m, walk)
+        for s in range(0, n, cols)
+    ]
+
+
 class _Group(NamedTuple):
     """Matrices that share their launches."""
 
@@ -1234,6 +1266,7 @@ def _group(
             major, minor = torch.cuda.get_device_capability(device)
             architecture = 10 * major + minor
     narrow = p_dtype != torch.float32 and (projected or g_dtype == p_dtype)
+    from_table = config is None
     if config is None:
         config = config_for(architecture, rank, 2 if narrow else 4)
     rank_block = _power_of_two(rank)
@@ -1306,16 +1339,15 @@ def _group(
     if layout == COLUMN_MAJOR:
         shapes = [(n, m) for m, n in shapes]
     rounds = stochastic and w_dtype == torch.bfloat16
+    update = None
+    plain = layout == ROW_MAJOR and is_aligned and w_dtype == p_dtype == torch.bfloat16
+    if from_table and architecture == 90 and plain and (module := gluon()) is not None:
+        update = module.update_launch(shapes, rank, rounds, tiles)
     walk = config.walk if in_registers else config.rows
-    rows = [
-        (k, s, w, min(w + walk, m))
-        for k, (m, n) in enumerate(shapes)
-        for w in range(0, m, walk)
-        for s in range(0, n, config.cols)
-    ]
     below = min(config.rows // 16, 8) if config.permuted and layout == ROW_MAJOR else 0
     launches.append(
-        Launch(_update_kernel, tiles(rows), {
+        update
+        or Launch(_update_kernel, tiles(_walks(shapes, config.cols, walk)), {
             **shared, **update_precision, "W_DTYPE": TL_DTYPES[w_dtype], "LAYOUT": layout,
             "STOCHASTIC": rounds,
             "EVEN": all(m % config.rows == 0 and n % config.cols == 0 for m, n in shapes),

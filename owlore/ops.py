@@ -133,6 +133,11 @@ def backends() -> list[dict[str, str]]:
                 reason = "Triton is not installed"
                 if importlib.util.find_spec("triton") is not None:
                     backend, reason = "Triton", "float64 and unusual strides reach the reference"
+                    kernel = _kernel(op)
+                    if op == "lowrank_adam_" and not isinstance(kernel, ImportError):
+                        gluon = kernel.gluon()
+                        ranks = "no rank" if gluon is None else f"ranks {[*gluon.CONFIGS]}"
+                        reason += f"; Gluon updates {ranks} on sm_90"
             if op in _IN_EXTENSION:
                 reason = f"extension not in use: {extension['reason']}"
                 if extension["available"] and (device == "cpu" or extension["cuda"]):

@@ -338,10 +338,13 @@ def test_prepared_steps_follow_gradients_that_move(projected):
         torch._foreach_add_(steps, 1)
         hyper = {**ADAM, "weight_decay": 0.1 * k}
         if k == 4 and not projected:
-            assert not take._prepared.launch(grads, lr, flags, rng_step, **hyper)
+            assert not take._prepared.launch(grads, lr, flags, rng_step, **hyper, fitting=True)
+        if k > 1:
+            fewer = [G[:-1] for G in grads]
+            assert not take._prepared.launch(fewer, lr, flags, rng_step, **hyper)
         # Off the GPU the kernels run in the interpreter, to which no first call leads by itself.
         if DEVICE == "cuda" or 0 < k < 4:
-            take(grads, **hyper)
+            take(grads, **hyper, fitting=k % 2 == 0)
         else:
             assert take._launch(grads, hyper)
         W, M, V = theirs
@@ -528,6 +531,80 @@ def test_table_configurations_on_shards_on_the_gpu(side, r, stochastic, layout):
         assert not torch.equal(other[0][0], got[0][0])
 
 
+def on_sm90_with_gluon():
+    return torch.cuda.get_device_capability() == (9, 0) and lowrank_adam.gluon() is not None
+
+
+def launched(sets, sides, config=None, **options):
+    """The updates of a step, by the kernels' names."""
+    names = []
+    lowrank_adam._plans.clear()
+    lowrank_adam._prepared.clear()
+    result = step(lowrank_adam.launch_lowrank_adam, sets, sides, config=config, **options)
+    for groups in lowrank_adam._plans.values():
+        names += [group.launches[-1]._kernel.__name__ for group in groups]
+    return result, names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("r", [128, 256])
+@pytest.mark.parametrize("layout", ["rows", "view"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(64, 128)],
+        [(128, 128), (64, 384), (1088, 512)],
+        [(4096, 4096), (11008, 4096), (4096, 11008)],
+    ],
+    ids=["tile", "small", "7b"],
+)
+def test_gluon_gives_the_bits_of_triton_on_the_gpu(shapes, layout, r, stochastic, projected):
+    """W, M, V and the flags, on both sides and beside lines that are not finite."""
+    if not on_sm90_with_gluon():
+        pytest.skip("the Gluon kernel is for sm_90 and some versions of Triton")
+    generator = torch.Generator(DEVICE).manual_seed(r)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE)
+
+    sets, sides = [], []
+    for m, n in shapes:
+        for side in ("left", "right"):
+            W, G = normal(m, n).bfloat16() * 0.05, normal(m, n).bfloat16()
+            P = normal(m if side == "left" else n, r) / (m if side == "left" else n) ** 0.5
+            P = P.bfloat16()
+            M = normal(*((r, n) if side == "left" else (m, r))) * 0.1
+            if len(sets) % 3 == 0:
+                G[5, 9] = float("nan")
+            if layout == "view":
+                W = torch.nn.functional.pad(W, (32, 32))[:, 32 : 32 + n]
+            if projected:
+                G = P.float().T @ G.float() if side == "left" else G.float() @ P.float()
+            sets.append((W, G.contiguous(), P, M, M.square()))
+            sides.append(side)
+    options = {"stochastic": stochastic, "projected": projected}
+    (ours, flags), names = launched(sets, sides, **options)
+    assert names == ["_update_sm90_kernel"]
+    table = lowrank_adam.config_for(90, r, 2)
+    (triton, theirs), names = launched(sets, sides, config=table, **options)
+    assert names == ["_update_kernel"]
+    assert flags.tolist() == theirs.tolist() == [int(k % 3 == 0) for k in range(len(sets))]
+    for mine, other, before in zip(ours, triton, sets, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+        assert not torch.equal(mine[0], before[0])
+        assert mine[0].isfinite().all()
+    if shapes[0][0] < 4096:
+        clean = [k for k in range(len(sets)) if not flags[k]]
+        options["streams"] = [3_000_000_000 + k for k in clean]
+        alone, of = [sets[k] for k in clean], [sides[k] for k in clean]
+        again, _ = step(lowrank_adam.launch_lowrank_adam, alone, of, **options)
+        for k, mine in zip(clean, again, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, ours[k], strict=True))
+        assert_close_to_float64(again, alone, of, **options)
+
+
 @pytest.mark.gpu
 def test_rounding_is_unbiased():
     """The mean error over 10^6 roundings lies within four standard errors of zero."""
@@ -570,7 +647,7 @@ def test_step_in_a_cuda_graph_follows_lr_and_step():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("r", [64, 128])
+@pytest.mark.parametrize("r", [64, 128, 256])
 def test_prepared_step_in_a_cuda_graph(r):
     """The gradients lie at addresses that no step saw before the capture, nor the scratch."""
     sides = ["left", "right"]
@@ -617,6 +694,7 @@ import functools, json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from owlore.kernels import lowrank_adam as module
 
 architecture = int(sys.argv[1])
@@ -635,7 +713,7 @@ def resources(kernel, items):
     constants = dict(items)
     names = kernel.arg_names
     options = {n: v for n, v in constants.items() if n.islower()}
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         signature={n: TYPES.get(n, "constexpr") for n in names},
         constexprs={(i,): constants[n] for i, n in enumerate(names) if n not in TYPES},
@@ -649,7 +727,10 @@ def resources(kernel, items):
         file.flush()
         text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True)
     found = re.search(r"REG:(\\d+) STACK:(\\d+)", text.stdout)
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": built.metadata.shared}
+    return {
+        "kernel": kernel.__name__, "registers": int(found[1]), "stack": int(found[2]),
+        "shared": built.metadata.shared,
+    }
 
 
 import torch
@@ -682,7 +763,9 @@ for rank in (128, 256, 512):
         params = [Matrix(4096, 4096), Matrix(4096, 11008)]
         sides = ["right", "left"]
         for stochastic in (False, True) if architecture == 90 else (True,):
-            module._group([0, 1], shared, params, sides, projected, stochastic, None)
+            # From the table, and what serves on sm_90 where Gluon does not.
+            for config in (None, module.config_for(90, rank, 2))[: 2 if architecture == 90 else 1]:
+                module._group([0, 1], shared, params, sides, projected, stochastic, config)
 print(json.dumps(rows))
 """
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -703,6 +786,103 @@ def test_table_compiles_without_spills(architecture, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    gluon = []
     for row in json.loads(done.stdout.splitlines()[-1]):
         assert row["stack"] <= tolerances.SPILL_BYTES, row
         assert row["shared"] <= SHARED_LIMIT[architecture], row
+        if row["kernel"] == "_update_sm90_kernel":
+            assert row["stack"] == 0, row
+            # Two programs to a multiprocessor: of its registers and its shared memory.
+            assert row["registers"] <= 128, row
+            assert 2 * (row["shared"] + 1024) <= 228 * 1024, row
+            gluon.append(row)
+    assert len(gluon) == (8 if architecture == 90 else 0)
+
+
+CHOOSE = """
+import json, sys
+import torch
+import triton
+from owlore.kernels import common, lowrank_adam as module
+
+launches = []
+common.Launch.__init__ = lambda self, kernel, tiles, constants: launches.append((kernel, tiles))
+module.upload = lambda table, device: table
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Matrix:
+    device = torch.device("cpu")
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+
+def update(shapes=((512, 1024), (576, 256)), rank=128, kinds=(BF16, BF16, BF16), layout=0,
+           is_aligned=True, config=None, architecture=90, stochastic=True):
+    launches.clear()
+    common_ = (*kinds, FP32, rank, layout, is_aligned)
+    params = [Matrix(*s) for s in shapes]
+    module._group(list(range(len(params))), common_, params, ["right", "left"][: len(params)],
+                  False, stochastic, config, architecture)
+    kernel, tiles = launches[-1]
+    return kernel.__name__, tiles.tolist()
+
+
+names = {}
+for name, options in {
+    "128": {}, "256": {"rank": 256}, "nearest": {"stochastic": False},
+    "float32 gradients": {"kinds": (BF16, FP32, BF16)},
+    "64": {"rank": 64}, "192": {"rank": 192}, "512": {"rank": 512},
+    "rows": {"shapes": ((512, 1024), (544, 256))}, "columns": {"shapes": ((512, 1024), (576, 320))},
+    "column-major": {"layout": module.COLUMN_MAJOR}, "strided": {"layout": module.STRIDED},
+    "unaligned": {"is_aligned": False},
+    "float16": {"kinds": (FP16, FP16, FP16)}, "float32 weights": {"kinds": (FP32, BF16, BF16)},
+    "float32 basis": {"kinds": (BF16, BF16, FP32)},
+    "configuration": {"config": module.config_for(90, 128, 2)},
+    "sm_80": {"architecture": 80}, "sm_100": {"architecture": 100},
+}.items():
+    names[name], tiles = update(**options)
+    if name in ("128", "256"):
+        seen = [torch.zeros(512, 1024), torch.zeros(576, 256)]
+        for k, col, row, end in tiles:
+            seen[k][row:end, col : col + 128] += 1
+        assert all((x == 1).all() for x in seen)
+for name in ("3.5.1", "3.10.0", "4.0.0+git1"):
+    triton.__version__ = name
+    module.gluon.cache_clear()
+    names[name] = update()[0]
+triton.__version__ = "3.6.0+git1"
+module.gluon.cache_clear()
+names["a build of 3.6"] = update()[0]
+sys.modules["owlore.kernels.lowrank_adam_sm90"] = None
+del sys.modules["owlore.kernels"].lowrank_adam_sm90
+module.gluon.cache_clear()
+names["without Gluon"] = update()[0]
+print(json.dumps(names))
+"""
+
+
+def test_gluon_takes_what_it_covers_and_no_more():
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = json.loads(done.stdout.splitlines()[-1])
+    covered = {"128", "256", "nearest", "float32 gradients", "a build of 3.6"}
+    for name, kernel in names.items():
+        assert kernel == ("_update_sm90_kernel" if name in covered else "_update_kernel"), name
+
+
+def test_the_interpreter_has_no_gluon():
+    if isinstance(lowrank_adam._update_kernel, lowrank_adam.triton.JITFunction):
+        pytest.skip("the kernels are not interpreted here")
+    assert lowrank_adam.gluon() is None
