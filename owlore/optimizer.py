@@ -1116,7 +1116,19 @@ class OwLore(Optimizer):
             )
         super().add_param_group(param_group)
 
-    # Checkpoints.
+    # Copies and checkpoints.
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, trains a copy of the model: the same one in a pair."""
+        if self._detached:
+            raise TypeError("this OwLore optimizer was detached from its model; there is no copy")
+        config = self.config if self._scores is None else self.config.replace(scores=self._scores)
+        return _rebuilt, (self._model, config, self.state_dict())
+
+    def __copy__(self) -> OwLore:
+        raise TypeError(
+            "an OwLore optimizer belongs to its model: copy both, copy.deepcopy((model, optimizer))"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs, as plain tensors, numbers, strings and lists.
@@ -1666,6 +1678,13 @@ def _to_host(value: Tensor) -> Tensor:
         return value.to("cpu")
     host = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
     return host.copy_(value, non_blocking=True)
+
+
+def _rebuilt(model: nn.Module, config: OwLoreConfig, state_dict: dict[str, Any]) -> OwLore:
+    """A copied or unpickled optimizer."""
+    optimizer = OwLore(model, config)
+    optimizer.load_state_dict(state_dict)
+    return optimizer
 
 
 def prepare_load(optimizer: Any, checkpoint: Any) -> None:

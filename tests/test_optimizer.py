@@ -488,6 +488,51 @@ def test_a_deep_copy_neither_draws_nor_holds_the_optimizer(tiny_llama):
     assert all(p.requires_grad for p in tiny_llama.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient": "projected", "state": "keep"}], ids=str)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copied_pair_goes_on_beside_the_first(tiny_llama, how, options):
+    pair = tiny_llama, OwLore(tiny_llama, **SMALL | options)
+    pair[1].param_groups[0]["lr"] = 3e-3
+    # In the middle of an interval.
+    for step in range(4):
+        train_step(*pair, step)
+    other = how(pair)
+    assert other[1].active_blocks == pair[1].active_blocks
+    assert not {id(p) for p in pair[0].parameters()} & {id(p) for p in other[0].parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="owlore")
+        # Two optimizers in one process, taking turns.
+        for step in range(4, 9):
+            train_step(*pair, step)
+            train_step(*other, step)
+    assert_same(pair, other)
+    with pytest.raises(TypeError, match=r"copy\.deepcopy\(\(model, optimizer\)\)"):
+        copy.copy(pair[1])
+    pair[1].detach()
+    with pytest.raises(TypeError, match="was detached"):
+        pickle.dumps(pair[1])
+
+
+def test_optimizers_of_two_models_do_not_meet(tiny_llama):
+    first = [copy.deepcopy(tiny_llama) for _ in range(2)]
+    second = [copy.deepcopy(tiny_llama) for _ in range(2)]
+    options = [SMALL, SMALL | {"gradient": "projected", "seed": 7, "blocks": 1, "rank": 2}]
+    alone = [OwLore(model, **some) for model, some in zip(first, options, strict=True)]
+    for model, optimizer in zip(first, alone, strict=True):
+        for step in range(7):
+            train_step(model, optimizer, step)
+    both = [OwLore(model, **some) for model, some in zip(second, options, strict=True)]
+    for step in range(7):
+        for model in second:
+            ids = batch(step)
+            model(ids, labels=ids).loss.backward()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    for i in range(2):
+        assert_same((first[i], alone[i]), (second[i], both[i]))
+
+
 def test_a_shallow_copy_does_not_draw(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     # It shares the hooks of the original.
@@ -1362,3 +1407,27 @@ def test_a_model_frozen_by_its_user_is_refused(tiny_llama):
     tiny_llama.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         OwLore(tiny_llama, **SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+def test_a_model_that_device_map_spreads(tiny_llama, gradient):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 CUDA devices; torch sees {torch.cuda.device_count()}")
+    accelerate = pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    options = SMALL | {"gradient": gradient, "state": "offload", "lr": 1e-2}
+    plain, spread = copy.deepcopy(tiny_llama).double().to(0), copy.deepcopy(tiny_llama).double()
+    spread = accelerate.dispatch_model(spread, places, main_device=0, force_hooks=True)
+    pairs = [(model, OwLore(model, **options)) for model in (plain, spread)]
+    for step in range(7):
+        for model, optimizer in pairs:
+            ids = batch(step).to(0)
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len({param.device for param in spread.parameters()}) == 2
+    found = dict(spread.named_parameters())
+    for name, want in plain.named_parameters():
+        torch.testing.assert_close(found[name].to(0), want, **tolerances.TRAINING_FLOAT64)
