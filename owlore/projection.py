@@ -135,14 +135,27 @@ def _subspace(
 
 # Gradients below this count as zero: their reciprocal would overflow.
 _LEAST_SCALE = 1e-30
-# Bytes of the columns of one batch.
-_BATCH_BYTES = 2**25
-# Steps of the iteration that finds the weakest of the columns carried.
-_INVERSE_STEPS = 16
-# What a Gram matrix of unit columns is raised by, so that its Cholesky factor exists.
+# Raises the squared length of a column that is zero.
+_LEAST_SQUARE = 1e-280
+# Bytes of the columns of one batch, of a float64 copy of a part of them, and of a scaled gradient.
+_BATCH_BYTES = 2**26
+_CHUNK_BYTES = 2**24
+_SCALED_BYTES = 2**26
+# Rows of a slab: Gram matrices are sums over slabs, so that all of a GPU works on a few of them.
+_SLAB = 1024
+# What a Gram matrix of unit columns is raised by for each column, so that its Cholesky factor
+# exists, and the norm of the noise that unit columns get: float32 rounding.
 _SHIFT = 1e-14
+_NOISE = 1e-7
+# Steps of the iteration that finds the weakest of the columns carried.
+_INVERSE_STEPS = 6
+# What their condition number may grow to in one of them.
+_LARGEST_SPREAD = 1e7
+# Any seed: the noise need not differ between matrices.
+_NOISE_SEED = 5772156649
 
 
+@torch.no_grad()
 def _refresh_in_batches(
     grads: Sequence[Tensor],
     ranks: Sequence[int],
@@ -174,24 +187,32 @@ def _refresh_in_batches(
             power_iterations,
             oversampling,
         )
+        kept = [old for old in (previous[i] for i in members) if old is not None]
+        if kept:
+            # As in `refresh_bases`: each new column points to the side of the old one.
+            along = [(new * old).sum(dim=0) for new, old in zip(P, kept, strict=True)]
+            P.mul_(torch.where(torch.stack(along) < 0, -1.0, 1.0)[:, None])
+        energies = torch.where(ok, energies, 0.0)
         for k, i in enumerate(members):
-            old = previous[i]
-            if old is None:
-                new, kept = P[k], P.new_full((), float("nan"))
-            else:
-                kept = old.to(P.dtype)
-                # As in `refresh_bases`: each new column points to the side of the old one.
-                new = torch.where((P[k] * kept).sum(dim=0) < 0, -P[k], P[k])
-            bases[i] = torch.where(ok[k], new, kept).to(grads[i].dtype)
-            results[i] = (torch.where(ok[k], energies[k], 0.0), ok[k])
+            dtype = grads[i].dtype
+            old = kept[k].to(dtype) if kept else P.new_full((), float("nan"), dtype=dtype)
+            bases[i] = torch.where(ok[k], P[k].to(dtype), old)
+            results[i] = (energies[k], ok[k])
     return bases, torch.stack([e for e, _ in results]), torch.stack([f for _, f in results])
 
 
+def _count_columns(rows: int, columns: int, r: int, oversampling: int) -> int:
+    """Columns to iterate on, at least `oversampling` beside the r where the matrix has them."""
+    # Products of a multiple of 16 columns take no longer than those of fewer.
+    return min(-(-(r + oversampling) // 16) * 16, rows, columns)
+
+
 def _pieces(batches: dict[tuple, list[int]], oversampling: int) -> Iterator[tuple[list[int], int]]:
-    """Batches cut so that their float64 columns, of which some ten copies live, stay small."""
-    for (rows, columns, r, *_), members in batches.items():
-        k = min(r + oversampling, rows, columns)
-        count = max(1, _BATCH_BYTES // (8 * max(rows, columns) * k))
+    """Batches cut into even pieces whose columns take `_BATCH_BYTES` at most."""
+    for (rows, columns, r, dtype, *_), members in batches.items():
+        k = _count_columns(rows, columns, r, oversampling)
+        room = max(1, _BATCH_BYTES // (max(4, dtype.itemsize) * rows * k))
+        count = -(-len(members) // -(-len(members) // room))
         for start in range(0, len(members), count):
             yield members[start : start + count], r
 
@@ -206,10 +227,15 @@ def _subspace_of_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading r left singular vectors, nearly, of matrices A of one shape.
 
-    As `_subspace`, with two differences. Orthonormal bases come from Cholesky-QR with Gram matrices
-    in float64. And the surplus columns are the k - r weakest directions found, by sixteen steps of
-    inverse iteration on Q^T A A^T Q; the r others keep the order of the iteration, which tends to
-    the order of the singular values, and are not rotated to single singular vectors.
+    As `_subspace`, with these differences. Orthonormal bases come from shifted Cholesky-QR (Fukaya
+    et al., arXiv 1809.11085), once for each pass over A A^T, with Gram matrices in float64, which
+    carry condition numbers up to 1e7. And the surplus columns are the k - r weakest directions
+    found, by inverse iteration on Q^T A A^T Q; the r others keep the order of the iteration, which
+    tends to the order of the singular values, and are not rotated to single singular vectors.
+
+    A few k x k matrices at a time take a GPU as long as many. So these are factored for the whole
+    batch at once, which holds its columns in float32; of long columns' float64 copies, and of
+    columns in the space of the rows of A, only a few exist at a time.
 
     Args:
         matrices: A. [m, n] each.
@@ -217,7 +243,7 @@ def _subspace_of_batch(
         previous: Present basis of each, or None for all of them. [m, r] each.
         seeds: Seed of each random test matrix.
         power_iterations: Passes over A A^T.
-        oversampling: Columns carried beside the r.
+        oversampling: Columns carried beside the r, at least.
 
     Returns:
         P, [b, m, r], float32 (float64 for float64 matrices); captured energy of each, [b],
@@ -225,97 +251,199 @@ def _subspace_of_batch(
         not.
     """
     m, n = matrices[0].shape
-    k = min(r + oversampling, m, n)
+    k = _count_columns(m, n, r, oversampling)
+    device = matrices[0].device
     dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
-    matrices = [A.float() if A.dtype == torch.float16 else A for A in matrices]
     largest = torch.stack([torch.linalg.vector_norm(A, float("inf")) for A in matrices])
     ok = torch.isfinite(largest)
-    # Scaling the thin factor keeps products of huge or tiny gradients inside the range.
-    factor = (1 / largest.to(dtype).clamp_min(_LEAST_SCALE))[:, None, None]
+    # Scaling the thin factor keeps products of huge or tiny gradients inside the range. By powers
+    # of two, so that it rounds nothing.
+    exponents = largest.to(dtype).clamp_min(_LEAST_SCALE).log2().floor()
+    factors = torch.exp2(-exponents).clamp_min(torch.finfo(dtype).tiny)
+    factor = factors.unbind()
+    energies = [_scaled_energy(A, f) for A, f in zip(matrices, factor, strict=True)]
+    total = torch.stack(energies).clamp_min(torch.finfo(dtype).tiny)
 
-    def times(X: Tensor, transposed: bool = False) -> Tensor:
-        X = X.to(dtype) * factor
-        return torch.stack(
-            [_product(A.mT if transposed else A, x) for A, x in zip(matrices, X, strict=True)]
-        )
-
-    device = matrices[0].device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def gaussian(rows: int, columns: int) -> Tensor:
-        like = torch.empty(0, dtype=dtype, device=device)
-        return torch.stack([_gaussian(rows, columns, like, g) for g in generators])
-
-    noise = gaussian(max(m, n), k)
-    if previous[0] is None:
-        start = gaussian(n, k)
-    else:
-        old = torch.stack([torch.nan_to_num(P.to(dtype)) for P in previous if P is not None])
-        start = torch.cat([times(old, transposed=True), gaussian(n, k - r)], dim=2)
-        start = _orthonormal(start, noise)
-    Q = _orthonormal(times(start), noise)
+    generator = torch.Generator(device)
+    held = _empty_columns(len(matrices), m, k, dtype, device)
+    columns = held.flatten(1, 2)[:, :m]  # [b, m, k]
+    Z = torch.empty(n, k, dtype=dtype, device=device)
+    for A, f, Y, old, seed in zip(matrices, factor, columns, previous, seeds, strict=True):
+        Z.normal_(generator=generator.manual_seed(seed))
+        if old is not None:
+            # The previous basis is one power iteration ahead of random columns. Those stand in for
+            # the directions that it lacks: a NaN basis (no finite gradient came yet) is zero here.
+            warm = torch.empty(n, r, dtype=dtype, device=device)
+            _multiply(A.mT, torch.nan_to_num(old.to(dtype)), f, warm)
+            Z[:, :r].mul_(_NOISE / n**0.5).add_(warm)
+        _multiply(A, Z, f, Y)
     for _ in range(power_iterations):
-        Q = _orthonormal(times(_orthonormal(times(Q, transposed=True), noise)), noise)
-    Q = _orthonormal(Q, noise, rounds=2)
-    B = times(Q, transposed=True).double()  # [b, n, k]
-    C = B.mT @ B
-    trace = C.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(torch.finfo(dtype).tiny)
-    identity = torch.eye(k, dtype=C.dtype, device=device)
-    if k > r:
-        L = torch.linalg.cholesky_ex(C / trace[:, None, None] + 1e-12 * identity)[0]
-        inverse = torch.linalg.solve_triangular(L, identity, upper=False)
-        inverse = inverse.mT @ inverse
-        inverse = inverse / inverse.norm(dim=(1, 2), keepdim=True)
-        weak = identity[:, r:].expand(len(matrices), -1, -1)
-        for i in range(_INVERSE_STEPS):
-            # A power of the inverse would turn all columns to the weakest direction.
-            rounds = 2 if i == _INVERSE_STEPS - 1 else 1
-            weak = _orthonormal(inverse @ weak, noise[:, :, r:], rounds)
-        strong = identity[:, :r] - weak @ weak[:, :r].mT
-        T = _orthonormal(strong, noise[:, :, :r], rounds=2)
-    else:
-        T = identity.expand(len(matrices), k, k)
-    captured = ((C @ T) * T).sum(dim=(1, 2))
-    norms = [torch.linalg.vector_norm(A, dtype=torch.float64) for A in matrices]
-    total = (torch.stack(norms) * factor[:, 0, 0]).square().clamp_min(torch.finfo(dtype).tiny)
-    return Q @ T.to(dtype), (captured / total).float(), ok
+        _apply_(held, _whitening(_gram(held)))
+        for A, f, Y in zip(matrices, factor, columns, strict=True):
+            _multiply(A.mT, Y, f, Z)
+            _multiply(A, Z, f, Y)
+    del Z
+    # Every Y is whole from here on: noise fills directions that the matrix does not have.
+    noise = _gaussian(m, k, columns, generator.manual_seed(_NOISE_SEED))
+    norms = torch.linalg.vector_norm(columns, dim=1, keepdim=True).clamp_min(1e-12)
+    columns.addcmul_(noise, norms.mul_(_NOISE / m**0.5))
+    del noise
+    _apply_(held, _whitening(_gram(held)))
+    C = _gram_of_products(matrices, columns, factor)
+    N = _strongest(C, _gram(held), r)
+    _apply_(held, N)
+    captured = ((C @ N) * N).sum(dim=(1, 2))
+    return columns[:, :, :r], (captured / total).float(), ok
 
 
-def _product(A: Tensor, X: Tensor) -> Tensor:
-    """A @ X with float32 sums; X is rounded to A's dtype."""
+def _scaled_energy(A: Tensor, factor: Tensor) -> Tensor:
+    """||factor A||^2, [], float64, without a copy of all of A in a wider dtype."""
+    rows = max(1, _SCALED_BYTES // (A.element_size() * A.shape[1]))
+    norms = []
+    for part in A.split(rows):
+        part = part.float() if part.dtype == torch.float16 else part
+        out = torch.float64 if part.dtype == torch.float64 else torch.float32
+        norms.append(torch.linalg.vector_norm(part * factor, dtype=out))
+    return torch.stack(norms).double().square().sum()
+
+
+def _multiply(A: Tensor, X: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Writes A (factor X) with float32 sums; factor X is rounded to A's dtype."""
+    if A.dtype == torch.float16:
+        A = A.float()
+    thin = torch.mul(X, factor, out=torch.empty(X.shape, dtype=A.dtype, device=A.device))
     if A.dtype != torch.bfloat16:
-        return A @ X.to(A.dtype)
-    if A.is_cuda:
-        return torch.mm(A, X.to(A.dtype), out_dtype=torch.float32)
-    return A.float() @ X.to(A.dtype).float()
+        torch.mm(A, thin, out=out)
+    elif A.is_cuda:
+        torch.mm(A, thin, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(A.float(), thin.float(), out=out)
 
 
-def _orthonormal(Y: Tensor, noise: Tensor, rounds: int = 1) -> Tensor:
-    """Orthonormal columns that span those of Y, by shifted Cholesky-QR.
-
-    (Fukaya et al., arXiv 1809.11085.) The Gram matrix in float64 carries condition numbers up to
-    1e7. Noise of the size of float32 rounding, and the shift, stand in for directions that Y lacks.
-    One round gives columns good enough to iterate with, two are orthonormal to rounding.
-
-    Args:
-        Y: Columns to span. [b, rows, k].
-        noise: Gaussian, at least as many rows. [b, >= rows, k].
-        rounds: How often to orthonormalise.
+def _empty_columns(
+    count: int, rows: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Columns to be written, cut into slabs; rows beyond the last are zero.
 
     Returns:
-        Shape and dtype of Y.
+        [count, slabs, rows of a slab, k]
     """
-    X = Y.double()
-    rows, k = X.shape[1:]
-    identity = torch.eye(k, dtype=X.dtype, device=X.device)
-    X = X / X.norm(dim=1, keepdim=True).clamp_min(1e-300) + noise[:, :rows] * (1e-7 / rows**0.5)
-    for i in range(rounds):
-        if i > 0:
-            X = X / X.norm(dim=1, keepdim=True)
-        L = torch.linalg.cholesky_ex(X.mT @ X + k * _SHIFT * identity)[0]
-        # An inverse and a product: a triangular solve with this many rows is far slower on a GPU.
-        X = X @ torch.linalg.solve_triangular(L, identity, upper=False).mT
-    return X.to(Y.dtype)
+    slabs = -(-rows // _SLAB)
+    X = torch.empty(count, slabs, -(-rows // slabs), k, dtype=dtype, device=device)
+    X.flatten(1, 2)[:, rows:].zero_()
+    return X
+
+
+def _chunks(X: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Matrices and slabs of parts of columns whose float64 copies take `_CHUNK_BYTES` at most."""
+    count, slabs, rows, k = X.shape
+    room = max(1, _CHUNK_BYTES // (8 * rows * k))
+    if room >= slabs:
+        for i in range(0, count, room // slabs):
+            yield slice(i, i + room // slabs), slice(None)
+        return
+    for i in range(count):
+        for j in range(0, slabs, room):
+            yield slice(i, i + 1), slice(j, j + room)
+
+
+def _gram(X: Tensor) -> Tensor:
+    """Gram matrices X^T X of columns in slabs. [b, slabs, rows, k] to [b, k, k], float64."""
+    count, _, rows, k = X.shape
+    gram = torch.zeros(count, k, k, dtype=torch.float64, device=X.device)
+    for some, slabs in _chunks(X):
+        part = X[some, slabs].double()
+        of_slabs = part.view(-1, rows, k)
+        gram[some] += torch.bmm(of_slabs.mT, of_slabs).view(*part.shape[:2], k, k).sum(1)
+    return gram
+
+
+def _gram_of_products(
+    matrices: Sequence[Tensor], columns: Tensor, factor: Sequence[Tensor]
+) -> Tensor:
+    """Gram matrices of A^T Q for the columns Q, [b, m, k], of each A. [b, k, k], float64."""
+    n, k = matrices[0].shape[1], columns.shape[2]
+    count = min(len(matrices), max(1, _CHUNK_BYTES // (8 * n * k)))
+    gram = torch.empty(len(matrices), k, k, dtype=torch.float64, device=columns.device)
+    held = _empty_columns(count, n, k, columns.dtype, columns.device)
+    for start in range(0, len(matrices), count):
+        some = range(start, min(start + count, len(matrices)))
+        for i, B in zip(some, held.flatten(1, 2)[:, :n], strict=False):
+            _multiply(matrices[i].mT, columns[i], factor[i], B)
+        gram[some.start : some.stop] = _gram(held[: len(some)])
+    return gram
+
+
+def _apply_(X: Tensor, W: Tensor) -> None:
+    """Replaces the first columns by X W, with float64 sums. [b, slabs, rows, k], [b, k, l]."""
+    for some, slabs in _chunks(X):
+        part = X[some, slabs]
+        product = torch.bmm(part.double().flatten(1, 2), W[some])
+        part[..., : W.shape[2]] = product.view(*part.shape[:3], -1)
+
+
+def _whitening(gram: Tensor) -> Tensor:
+    """W, upper triangular, with which the columns Y W are orthonormal, from Y^T Y. [b, k, k].
+
+    Columns of Y may be of very different lengths. Those that depend on others come out short.
+    """
+    L = _factor_(gram.clone())
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    # An inverse and a product: a triangular solve with many rows is far slower on a GPU.
+    return torch.linalg.solve_triangular(L, identity, upper=False).mT
+
+
+def _factor_(gram: Tensor) -> Tensor:
+    """Cholesky factor of Gram matrices, whose diagonals are raised so that there is one."""
+    # Relative to each column's length, as Cholesky factors do not depend on the lengths otherwise.
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.mul_(1.0 + gram.shape[-1] * _SHIFT).add_(_LEAST_SQUARE)
+    return torch.linalg.cholesky_ex(gram)[0]
+
+
+def _strongest(C: Tensor, gram: Tensor, r: int) -> Tensor:
+    """Combinations of nearly orthonormal columns Q that hold the most energy, made orthonormal.
+
+    Args:
+        C: Q^T A A^T Q. [b, k, k], float64.
+        gram: Q^T Q. [b, k, k], float64.
+        r: Number of combinations.
+
+    Returns:
+        N, with (Q N)^T Q N = 1. [b, k, r], float64.
+    """
+    k = C.shape[-1]
+    if k == r:
+        return _whitening(gram)
+    identity = torch.eye(k, dtype=C.dtype, device=C.device)
+    trace = C.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(_LEAST_SQUARE)
+    raised = C / trace[:, None, None]
+    raised.diagonal(dim1=1, dim2=2).add_(1e-12)
+    L = torch.linalg.cholesky_ex(raised)[0]
+    inverse = torch.linalg.solve_triangular(L, identity, upper=False)
+    inverse = inverse.mT @ inverse
+    # Powers of the inverse save steps. High ones would turn all columns to the weakest direction:
+    # the condition number of the columns after one step is at most this.
+    length = inverse.norm(dim=(1, 2), keepdim=True)
+    spread = length * raised.diagonal(dim1=1, dim2=2)[:, r:].sum(-1)[:, None, None]
+    inverse = inverse / length
+    for power in (2, 4):
+        inverse = torch.where(spread**power < _LARGEST_SPREAD, inverse @ inverse, inverse)
+    weak = identity[:, r:].expand(len(C), -1, -1)
+    for i in range(_INVERSE_STEPS):
+        weak = inverse @ weak
+        # A power of the inverse would turn all columns to the weakest direction.
+        for _ in range(2 if i == _INVERSE_STEPS - 1 else 1):
+            L = _factor_(weak.mT @ weak)
+            weak = torch.linalg.solve_triangular(L, weak.mT, upper=False).mT
+    # The block reflector that takes the last columns of the identity to -weak takes the others to
+    # the complement of weak: H = 1 - V K^-1 V^T with V = weak + [0; 1] and K = V^T [0; 1].
+    V = weak + identity[:, r:]
+    K = V[:, r:].mT  # [b, k - r, k - r]
+    root = _whitening(K.mT @ K)
+    solved = root @ (root.mT @ (K.mT @ weak[:, :r].mT))  # K^-1 V^T [1; 0]
+    strong = identity[:, :r] - V @ solved
+    return strong @ _whitening(strong.mT @ gram @ strong)
 
 
 def transport(exp_avg: Tensor, old: Tensor, new: Tensor, side: str) -> Tensor:
