@@ -967,7 +967,7 @@ def _power_of_two(x: int, least: int = 16) -> int:
 
 # Launch configurations by architecture family: (largest rank, configuration), the first that fits
 # counts. 90: measured on an H100 (benchmarks/results/h100), over the matrices of a LLaMA-2-7B
-# block. The others by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89 and 120, 227 KiB on
+# block; where `gluon` updates W, by its own table. The others by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89 and 120, 227 KiB on
 # 100), and registers as the compiler reports them.
 _H100 = (
     (64, Config(False, 128, 128, 2, 4, 8, 128, 64, 512, 4, 8, True, registers=128)),
@@ -1085,7 +1085,7 @@ def prepare_lowrank_adam(
     """Prepares steps on these tensors; gradients may move from step to step.
 
     Args beyond the op's:
-        config: Launch configuration instead of the table's.
+        config: Launch configuration instead of the table's; W is then updated in Triton.
 
     Returns:
         The step, or None if the tensors are of a kind the kernels do not cover.
@@ -1158,7 +1158,7 @@ def launch_lowrank_adam(
     """`owlore.reference.lowrank_adam_` for all matrices in as few launches as they allow.
 
     Args beyond the op's:
-        config: Launch configuration instead of the table's.
+        config: Launch configuration instead of the table's; W is then updated in Triton.
 
     Returns:
         False if the tensors are of a kind the kernels do not cover; then nothing was done.
