@@ -148,9 +148,9 @@ _SLAB = 1024
 _SHIFT = 1e-14
 _NOISE = 1e-7
 # Steps of the iteration that finds the weakest of the columns carried.
-_INVERSE_STEPS = 6
+_INVERSE_STEPS = 8
 # What their condition number may grow to in one of them.
-_LARGEST_SPREAD = 1e7
+_LARGEST_SPREAD = 1e10
 # Any seed: the noise need not differ between matrices.
 _NOISE_SEED = 5772156649
 
