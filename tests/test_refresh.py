@@ -94,6 +94,114 @@ def test_mixed_shapes_come_back_in_order():
         )
 
 
+def pieces_of(monkeypatch, batch, chunk, scaled=2**26, slab=1024):
+    """Sets what a refresh holds at once."""
+    for name, value in (("BATCH", batch), ("CHUNK", chunk), ("SCALED", scaled)):
+        monkeypatch.setattr(projection, f"_{name}_BYTES", value)
+    monkeypatch.setattr(projection, "_SLAB", slab)
+
+
+# Columns of one 100 x 70 matrix at rank 12 take 100 * 32 numbers, a slab of 34 rows 34 * 32.
+@pytest.mark.parametrize(
+    ("batch", "chunk", "scaled", "slab"),
+    [
+        (4 * 3200, 2**24, 2**26, 1024),
+        (4 * 3200 * 2, 8 * 1088, 70 * 4 * 7, 40),
+        (2**26, 8 * 1088 * 2, 70 * 4, 40),
+        (2**26, 8 * 1088 * 7, 2**26, 40),
+        (2**26, 1, 1, 1),
+    ],
+    ids=["one by one", "pairs by slabs", "all by slabs", "two and one", "rows"],
+)
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_give_the_same_bases(batch, chunk, scaled, slab, warm, dtype, monkeypatch):
+    grads = [spectrum(100, 70, 0.5, dtype, seed=s) for s in range(5)]
+    old = [torch.linalg.qr(torch.randn(100, 12, dtype=dtype))[0] if warm else None] * 5
+    arguments = grads, [12] * 5, ["left"] * 5, old, list(range(5)), 2, 8
+    whole, energies, _ = BATCHED(*arguments)
+    pieces_of(monkeypatch, batch, chunk, scaled, slab)
+    bases, found, finite = BATCHED(*arguments)
+    assert finite.all()
+    torch.testing.assert_close(found, energies, rtol=1e-5, atol=0)
+    for G, P, want in zip(grads, bases, whole, strict=True):
+        assert orthonormal(P) < tolerances.ORTHONORMAL_FLOAT32
+        assert energy(G, P, "left") == pytest.approx(energy(G, want, "left"), rel=1e-5)
+        # Each column is its own, not another one's of the same space.
+        assert ((P * want).sum(dim=0) > 1 - 1e-3).all()
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (7, [4, 3]), (13, [5, 5, 3])])
+def test_batches_are_cut_evenly(count, sizes, monkeypatch):
+    monkeypatch.setattr(projection, "_BATCH_BYTES", 4 * 100 * 32 * 6)
+    batches = {(100, 70, 12, torch.bfloat16, "cpu", True): list(range(count))}
+    found = list(projection._pieces(batches, 8))
+    assert [len(members) for members, _ in found] == sizes
+    assert [i for members, _ in found for i in members] == list(range(count))
+
+
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 3000])
+def test_gram_and_product_do_not_see_rows_beyond_the_last(rows, monkeypatch):
+    pieces_of(monkeypatch, 2**26, 8 * 1024 * 6)
+    X = projection._empty_columns(3, rows, 6, torch.float32, torch.device("cpu"))
+    Y = torch.randn(3, rows, 6)
+    X.flatten(1, 2)[:, :rows] = Y
+    assert X.shape[2] <= 1024
+    gram = Y.double().mT @ Y.double()
+    torch.testing.assert_close(projection._gram(X), gram, **tolerances.OP_FLOAT64)
+    W = torch.randn(3, 6, 4, dtype=torch.float64)
+    projection._apply_(X, W)
+    flat = X.flatten(1, 2)
+    assert torch.equal(flat[:, :rows, :4], (Y.double() @ W).float())
+    assert torch.equal(flat[:, :rows, 4:], Y[:, :, 4:])
+    assert not flat[:, rows:].any()
+
+
+def test_bases_do_not_depend_on_their_company():
+    grads = [spectrum(60, 90, 0.5, torch.float64, seed=s) for s in range(6)]
+    together, energies, _ = BATCHED(grads, [8] * 6, ["left"] * 6, [None] * 6, list(range(6)), 2, 8)
+    for i in (0, 5):
+        alone, found, _ = BATCHED([grads[i]], [8], ["left"], [None], [i], 2, 8)
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[0], energies[i], rtol=1e-6, atol=0)
+    other, _, _ = BATCHED([grads[0]], [8], ["left"], [None], [1], 2, 8)
+    assert (other[0] - together[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.98, 0.8, 0.3])
+def test_strongest_combinations_are_the_leading_eigenvectors(decay):
+    generator = torch.Generator().manual_seed(0)
+    k, r = 48, 32
+    # Sorted but for a little, as the iteration leaves them; in columns that are not quite unit.
+    mix = 0.1 * torch.randn(2, k, k, generator=generator, dtype=torch.float64)
+    V = torch.linalg.qr(torch.eye(k) + mix.tril())[0]
+    values = decay ** torch.arange(k, dtype=torch.float64)
+    scale = torch.diag(torch.linspace(1, 1.1, k, dtype=torch.float64))
+    C = scale @ (V * values) @ V.mT @ scale
+    gram = (scale @ scale).expand(2, k, k)
+    N = projection._strongest(C, gram, r)
+    unit = torch.eye(r, dtype=torch.float64).expand(2, r, r)
+    torch.testing.assert_close(N.mT @ gram @ N, unit, rtol=0, atol=1e-10)
+    missed = torch.linalg.eigvalsh(C)[:, -r:].sum(-1) - torch.linalg.eigvalsh(
+        torch.linalg.qr(N)[0].mT @ C @ torch.linalg.qr(N)[0]
+    ).sum(-1)
+    assert (missed < 2e-3 * values[r:].sum() + 1e-12).all()
+
+
+def test_workspace_of_a_batch_is_bounded():
+    from owlore import planner
+
+    with planner._like_a_gpu():
+        tracker = planner._Tracker(lambda *_, **__: 0)
+        grads = [torch.empty(4096, 11008, dtype=torch.bfloat16, device="meta") for _ in range(15)]
+        given = sum(G.nbytes for G in grads)
+        with tracker:
+            bases, *_ = BATCHED(grads, [128] * 15, ["left"] * 15, [None] * 15, range(15), 2, 8)
+        (peak,) = tracker.peaks([0])
+    held = given + sum(P.nbytes for P in bases)
+    assert max(sum(parts.values()) for parts in peak.values()) - held < 100 * 2**20
+
+
 @pytest.mark.gpu
 def test_no_wait_for_the_device():
     grads = [torch.randn(512, 384, device="cuda").bfloat16() for _ in range(3)]
