@@ -221,7 +221,8 @@ class Prepared:
         self._scratch_size = scratch_size
         self._device = grads[0].device
         self._addresses = Addresses(self._device)
-        self._kinds = _kinds(grads)
+        self._shapes = _shapes(grads)
+        self._layouts = _layouts(grads)
         self._aligned = aligned(grads)
 
     def launch(
@@ -236,15 +237,28 @@ class Prepared:
         eps: float,
         weight_decay: float,
         scale: float = 1.0,
+        fitting: bool = False,
     ) -> bool:
         """One step.
+
+        Args:
+            grads: Gradients.
+            lr: Rate. [].
+            nonfinite: Set to one for each gradient that is not finite. int32.
+            rng_step: Counter of the random bits. [], int32.
+            beta1: Decay of the first moment.
+            beta2: Decay of the second moment.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled decay.
+            scale: Factor of a low-rank update.
+            fitting: Shapes and devices of the gradients are known to be those prepared for.
 
         Returns:
             False if the gradients differ in shape, strides, dtype, device or alignment from those
             it was prepared for; then nothing was done.
         """
         pointers = tuple([G.data_ptr() for G in grads])
-        if _kinds(grads) != self._kinds:
+        if _layouts(grads) != self._layouts or not (fitting or _shapes(grads) == self._shapes):
             return False
         device = self._device
         capturing = is_capturing(device)
@@ -267,8 +281,12 @@ class Prepared:
         return True
 
 
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple]:
-    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple]:
+    return [(x.shape, x.device) for x in tensors]
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple]:
+    return [(x.stride(), x.dtype) for x in tensors]
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

@@ -198,6 +198,7 @@ class _Bucket:
 
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
+        self.params = [member.param for member in members]
         self.block_weights = members[0].entry.role == blocks.BLOCKS
         self.transposed = any(member.entry.transposed for member in members)
         self.decays = members[0].weight.dim() >= 2
@@ -349,6 +350,8 @@ class OwLore(Optimizer):
         # Whether a step takes more than one backward pass.
         self._accumulates = False
         self._buckets: list[_Bucket] | None = None
+        # The states after the last step, in their order: prepared steps refer to these.
+        self._states_stepped: list[dict[str, Any]] = []
         self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
         self._energy: dict[str, Tensor] = {}
         # The step count on each device, and the one that is added to it.
@@ -506,7 +509,7 @@ class OwLore(Optimizer):
                 elif block in self._active and block not in before:
                     self._enter(member)
             self._flags_applied = False
-            self._buckets = None
+            self._forget_buckets()
             self._modes_step = -1
 
     def _apply_flags(self) -> None:
@@ -646,7 +649,7 @@ class OwLore(Optimizer):
             self._flags.set(param, flag)
             param.grad = None
         self.state.clear()
-        self._buckets = None
+        self._forget_buckets()
         self._pending.clear()
         self._skips.clear()
         self._energy.clear()
@@ -780,16 +783,24 @@ class OwLore(Optimizer):
         """
         trained = False
         stepped: list[tuple[_Bucket, _Ready, list[Tensor]]] = []
+        states, before = self.state.values(), self._states_stepped
+        # Looking at all states is faster than looking some up by their parameters.
+        same = len(states) == len(before) and all(map(operator.is_, states, before))
+        if not same:
+            for bucket in buckets:
+                bucket.ready = None
         for bucket in buckets:
             sketched = self._sketching and bucket.projects and self._refresh_from_sketches(bucket)
-            grads = [member.param.grad for member in bucket.members]
+            grads = [param.grad for param in bucket.params]
             have = tuple([i for i, grad in enumerate(grads) if grad is not None])
             trained |= bucket.block_weights and (bool(have) or sketched)
             if have:
                 ready = bucket.ready
-                if ready is None or ready.have != have or not self._is_ready(ready):
+                if ready is None or ready.have != have or _has_moved(ready):
                     ready = bucket.ready = self._prepare(bucket, have)
                 stepped.append((bucket, ready, [grad for grad in grads if grad is not None]))
+        if not same or len(states) != len(before):
+            self._states_stepped = list(states)
         if stepped:
             torch._foreach_add_([ready.steps for _, ready, _ in stepped], 1)
         for bucket, ready, found in stepped:
@@ -804,6 +815,8 @@ class OwLore(Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"] if bucket.decays else 0.0,
                 scale=group["scale"],
+                # torch has compared every `.grad` with the parameter.
+                fitting=not bucket.spread,
             )
             if first.side is not None:
                 self._grow_older(ready.states)
@@ -848,15 +861,6 @@ class OwLore(Optimizer):
         if member.spread is None or not member.crosses:
             return P
         return member.spread.part_of(P, 0)
-
-    def _is_ready(self, ready: _Ready) -> bool:
-        """Whether weights and states are still where they were."""
-        states = [self.state[member.param] for member in ready.members]
-        held = [holder["weight"] for holder in ready.holders]
-        if ready.members[0].spread is not None:
-            held = [distributed.local(weight) for weight in held]
-        weights = [weight.data_ptr() for weight in held]
-        return all(map(operator.is_, states, ready.states)) and weights == ready.addresses
 
     def _prepare(self, bucket: _Bucket, have: tuple[int, ...]) -> _Ready:
         """Everything that a step of these members needs and that stays as it is until a refresh."""
@@ -950,6 +954,10 @@ class OwLore(Optimizer):
             state["basis_age"] = age
         if due:
             self._drop_prepared()
+
+    def _forget_buckets(self) -> None:
+        self._buckets = None
+        self._states_stepped = []
 
     def _drop_prepared(self) -> None:
         """Forgets what was made ready for bases that are new or due now."""
@@ -1207,7 +1215,7 @@ class OwLore(Optimizer):
         """Drops what was worked out for another step."""
         self._flags_applied = self._drawn < 0
         self._modes_step = -1
-        self._buckets = None
+        self._forget_buckets()
         self._pending.clear()
         self._skips.clear()
         self._energy.clear()
@@ -1659,6 +1667,14 @@ def _read_together(values: dict[str, Tensor]) -> dict[str, Any]:
     for names, stacked in _stacked(values):
         read.update(zip(names, stacked.tolist(), strict=True))
     return read
+
+
+def _has_moved(ready: _Ready) -> bool:
+    """Whether a weight is no longer where it was."""
+    held = [holder["weight"] for holder in ready.holders]
+    if ready.members[0].spread is not None:
+        held = [distributed.local(weight) for weight in held]
+    return [weight.data_ptr() for weight in held] != ready.addresses
 
 
 def _grad(member: _Member) -> Tensor:

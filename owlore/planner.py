@@ -530,7 +530,7 @@ def _block_state(optimizer: OwLore, drop: bool) -> dict[str, int]:
                     optimizer.state.pop(param, None)
     if drop:
         # What a draw forgets too: prepared steps, which hold on to the state they were made for.
-        optimizer._buckets = None
+        optimizer._forget_buckets()
     return sizes
 
 

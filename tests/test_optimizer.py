@@ -958,6 +958,37 @@ def test_a_step_counts_in_three_launches(tiny_llama, gradient, monkeypatch):
     assert seen.names == ["_foreach_add_.Scalar", "_foreach_add_.List", "_foreach_zero_.default"]
 
 
+def test_a_state_replaced_while_its_parameter_rests_is_used(tiny_llama):
+    optimizer = OwLore(tiny_llama, **SMALL)
+    train_step(tiny_llama, optimizer, 0)
+    weight = tiny_llama.model.norm.weight
+    optimizer.state[weight] = copy.deepcopy(optimizer.state[weight])
+    ids = batch(1)
+    tiny_llama(ids, labels=ids).loss.backward()
+    weight.grad = None
+    optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == 1
+    train_step(tiny_llama, optimizer, 2)
+    assert float(optimizer.state[weight]["step"]) == 2
+
+
+def test_a_draw_frees_what_it_drops(tiny_llama):
+    """Before the backward pass, in which memory is short."""
+    optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": 1})
+    for step in range(3):
+        train_step(tiny_llama, optimizer, step)
+    (left,) = optimizer.active_blocks
+    for index in range(1, 9):
+        weight = tiny_llama.model.layers[left].mlp.up_proj.weight
+        moments = weakref.ref(optimizer.state[weight]["exp_avg"])
+        optimizer._apply_due_draw()
+        assert (moments() is None) == (optimizer.active_blocks != (left,))
+        (left,) = optimizer.active_blocks
+        for step in range(3):
+            train_step(tiny_llama, optimizer, 3 * index + step)
+    assert len({drawn for _, drawn in optimizer.draws()}) > 1
+
+
 def test_hooks_and_profilers_see_a_step(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     train_step(tiny_llama, optimizer, 0)
