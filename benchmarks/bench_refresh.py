@@ -1,19 +1,24 @@
-"""New bases from gradients: time for each matrix in a batch, and the energy they capture.
+"""New bases from gradients or sketches: time for each matrix in a batch, and the energy they hold.
 
     python benchmarks/bench_refresh.py --json benchmarks/results/h100/refresh.json
     python benchmarks/bench_refresh.py --gradients gradients.pt
 
 energy_ratio is ||P^T G||^2 / ||P_svd^T G||^2 against the exact SVD, on the first matrix of the
-batch. Spectra: singular values i^-0.5; a Gaussian matrix, whose flat spectrum has no subspace to
-find; real gradients of SmolLM2 from --gradients, a torch file {name: matrix}. No call waits for the
-device: the runs are made with torch.cuda.set_sync_debug_mode("error").
+batch. Path "sketch": the basis comes from G Omega with 2 r columns, as in a training step that
+forms no gradients; making the sketch is not in the time. workspace_mib is the peak of allocated
+memory over what was there before, the new bases among it. Spectra: singular values i^-0.5; a
+Gaussian matrix, whose flat spectrum has no subspace to find; real gradients of SmolLM2 from
+--gradients, a torch file {name: matrix}. No call waits for the device: the runs are made with
+torch.cuda.set_sync_debug_mode("error").
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,11 +31,17 @@ from owlore import projection
 
 def matrix(m: int, n: int, spectrum: str, device: str) -> Tensor:
     """A gradient with singular values i^-0.5, or a Gaussian one. bfloat16."""
-    G = torch.randn(m, n, device=device)
-    if spectrum == "power-0.5":
-        U, _, V = torch.linalg.svd(G, full_matrices=False)
-        G = (U * torch.arange(1, len(V) + 1, device=device) ** -0.5) @ V
-    return G.bfloat16()
+    if spectrum == "gaussian":
+        return torch.randn(m, n, device=device).bfloat16()
+    k = min(m, n)
+    U, V = (torch.linalg.qr(torch.randn(d, k, device=device))[0] for d in (m, n))
+    return ((U * torch.arange(1, k + 1, device=device) ** -0.5) @ V.mT).bfloat16()
+
+
+def energies_of(G: Tensor) -> Tensor:
+    """Squares of the singular values in float64, the largest first."""
+    G = G.double() if G.shape[0] <= G.shape[1] else G.mT.double()
+    return torch.linalg.eigvalsh(G @ G.mT).flip(0)
 
 
 def captured(G: Tensor, P: Tensor, side: str) -> float:
@@ -39,11 +50,56 @@ def captured(G: Tensor, P: Tensor, side: str) -> float:
     return float((P.mT @ G if side == "left" else G @ P).square().sum())
 
 
+def sketch(G: Tensor, columns: int, side: str) -> Tensor:
+    """G Omega (left) or Omega^T G (right) for a random Omega."""
+    Omega = torch.randn(G.shape[side == "left"], columns, dtype=G.dtype, device=G.device)
+    return G @ Omega if side == "left" else Omega.mT @ G
+
+
+def measured(sources: list[Tensor], G: Tensor, r: int, side: str, exact: Tensor) -> dict[str, Any]:
+    """What one batch of refreshes takes, after a check of the energy that it claims to hold."""
+    batch, device = len(sources), sources[0].device.type
+
+    def refresh() -> tuple[list[Tensor], Tensor, Tensor]:
+        return projection.refresh_bases(
+            sources, [r] * batch, [side] * batch, [None] * batch, list(range(batch)),
+            method="subspace", power_iterations=2, oversampling=8,
+        )  # fmt: skip
+
+    bases, energies, _ = refresh()
+    share = captured(sources[0], bases[0], side) / float(sources[0].double().square().sum())
+    if abs(float(energies[0]) - share) > 0.01:
+        raise SystemExit(f"energy {share}, not {float(energies[0])}")
+    row = {"energy_ratio": captured(G, bases[0], side) / float(exact[:r].sum())}
+    del bases, energies
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        refresh()
+        torch.cuda.set_sync_debug_mode("default")
+        row["workspace_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    timing = common.measure([refresh], device, repeats=8, graph=False)
+    return {"ms_per_matrix": timing.ms / batch, **row, "batch": batch}
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, Tensor]]:
+    """Shape, spectrum and gradient of each case."""
+    for spectrum in ("power-0.5", "gaussian"):
+        for shape in args.shapes:
+            m, n = map(int, shape.split("x"))
+            yield shape, spectrum, matrix(m, n, spectrum, args.device)
+    if args.gradients:
+        for name, G in torch.load(args.gradients, weights_only=True).items():
+            yield f"{G.shape[0]}x{G.shape[1]} {name}", "smollm2", G.to(args.device)
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008", "11008x4096"])
+    parser.add_argument("--shapes", nargs="+", default=["4096x11008", "11008x4096", "4096x4096"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256])
     # In one LLaMA block 4 matrices are square and 3 of 4096 x 11008 either way; in five, 20 and 15.
     parser.add_argument("--batches", nargs="+", type=int, default=[5, 15])
@@ -52,63 +108,39 @@ def main() -> None:
     args = parser.parse_args()
     rows = [common.machine(args.device)]
     common.show(rows[0])
-    cases = []
-    for shape in args.shapes:
-        m, n = map(int, shape.split("x"))
-        for spectrum in ("power-0.5", "gaussian"):
-            G = matrix(m, n, spectrum, args.device)
-            cases.append((shape, spectrum, G))
-    if args.gradients:
-        for name, G in torch.load(args.gradients, weights_only=True).items():
-            shape = f"{G.shape[0]}x{G.shape[1]} {name}"
-            cases.append((shape, "smollm2", G.to(args.device)))
-    for case, spectrum, G in cases:
-        grads = [G.clone() for _ in range(max(args.batches))]
+    first: Tensor | None = None
+    for case, spectrum, G in cases(args):
+        first = G if first is None else first
         side = projection.choose_side(*G.shape, "std")
-        exact = torch.linalg.svdvals(G.double())
+        exact = energies_of(G)
         for rank in args.ranks:
             r = min(rank, *G.shape)
-
-            for batch in args.batches:
-
-                def refresh(grads=grads[:batch], r=r, side=side):
-                    count = len(grads)
-                    return projection.refresh_bases(
-                        grads, [r] * count, [side] * count, [None] * count, list(range(count)),
-                        method="subspace", power_iterations=2, oversampling=8,
+            paths = {"gradient": G}
+            if 2 * r < min(G.shape):
+                paths["sketch"] = sketch(G, 2 * r, side)
+            for path, source in paths.items():
+                for batch in args.batches:
+                    row = measured([source.clone() for _ in range(batch)], G, r, side, exact)
+                    rows.append(
+                        {
+                            "bench": "refresh", "case": case, "provider": "owlore", "rank": r,
+                            "path": path, "spectrum": spectrum, **row,
+                        }
                     )  # fmt: skip
-
-                bases, energies, _ = refresh()
-                energy = captured(G, bases[0], side)
-                ratio = energy / float(exact[:r].square().sum())
-                total = float(G.double().square().sum())
-                if abs(float(energies[0]) - energy / total) > 0.01:
-                    raise SystemExit(f"{case}: energy {energy / total}, not {float(energies[0])}")
-                if args.device == "cuda":
-                    torch.cuda.set_sync_debug_mode("error")
-                    refresh()
-                    torch.cuda.set_sync_debug_mode("default")
-                timing = common.measure([refresh], args.device, repeats=8, graph=False)
-                rows.append(
-                    {
-                        "bench": "refresh", "case": case, "provider": "owlore", "rank": r,
-                        "ms_per_matrix": timing.ms / batch, "energy_ratio": ratio,
-                        "spectrum": spectrum, "batch": batch,
-                    }
-                )  # fmt: skip
-                common.show(rows[-1])
-        if spectrum == "power-0.5" and args.device == "cuda":
-            svd = common.measure(
-                [lambda G=G: torch.linalg.svd(G.float(), full_matrices=False)],
-                args.device, repeats=2, graph=False,
-            )  # fmt: skip
-            rows.append(
-                {
-                    "bench": "refresh", "case": case, "provider": "torch.linalg.svd", "rank": 0,
-                    "ms_per_matrix": svd.ms, "energy_ratio": 1.0, "spectrum": spectrum, "batch": 1,
-                }
-            )  # fmt: skip
-            common.show(rows[-1])
+                    common.show(rows[-1])
+    if args.device == "cuda" and first is not None:
+        svd = common.measure(
+            [lambda: torch.linalg.svd(first.float(), full_matrices=False)],
+            args.device, repeats=2, graph=False,
+        )  # fmt: skip
+        rows.append(
+            {
+                "bench": "refresh", "case": args.shapes[0], "provider": "torch.linalg.svd",
+                "rank": 0, "path": "gradient", "spectrum": "power-0.5", "ms_per_matrix": svd.ms,
+                "energy_ratio": 1.0, "batch": 1,
+            }
+        )  # fmt: skip
+        common.show(rows[-1])
     common.write_rows(args.json, rows)
 
 
