@@ -168,6 +168,17 @@ def test_bases_do_not_depend_on_their_company():
     assert (other[0] - together[0]).abs().max() > 1e-3
 
 
+def test_columns_point_to_the_side_of_the_old_ones():
+    grads = [spectrum(60, 90, 1.0, seed=s) for s in range(3)]
+    arguments = grads, [8] * 3, ["left"] * 3
+    old, _, _ = BATCHED(*arguments, [None] * 3, [0, 1, 2], 2, 8)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    turned = [P * signs for P in old]
+    bases, _, _ = BATCHED(*arguments, turned, [3, 4, 5], 2, 8)
+    for P, before in zip(bases, turned, strict=True):
+        assert ((P * before).sum(dim=0) > 0).all()
+
+
 @pytest.mark.parametrize("decay", [0.98, 0.8, 0.3])
 def test_strongest_combinations_are_the_leading_eigenvectors(decay):
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +211,27 @@ def test_workspace_of_a_batch_is_bounded():
         (peak,) = tracker.peaks([0])
     held = given + sum(P.nbytes for P in bases)
     assert max(sum(parts.values()) for parts in peak.values()) - held < 100 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 5])
+def test_energy_on_a_gpu_is_nearly_the_svds(warm, dtype, count, monkeypatch):
+    pieces_of(monkeypatch, 2**26, 2**20, 2**18)
+    grads = [spectrum(1100, 700, 0.5, dtype, seed=s).cuda() for s in range(count)]
+    first = torch.full((700, 100), float("nan"), dtype=dtype, device="cuda")
+    old = [first if warm else None] * count
+    seeds = list(range(count))
+    bases, energies, finite = BATCHED(grads, [100] * count, ["right"] * count, old, seeds, 2, 8)
+    assert finite.all()
+    for G, P, captured in zip(grads, bases, energies, strict=True):
+        S = torch.linalg.svdvals(G.double()).square()
+        Q = torch.linalg.qr(P.double())[0]
+        assert energy(G, Q, "right") >= 0.985 * float(S[:100].sum())
+        assert float(captured) == pytest.approx(energy(G, Q, "right") / float(S.sum()), rel=1e-2)
+        error = (P.double().T @ P.double() - torch.eye(100, device="cuda")).abs().max()
+        assert error < (1e-2 if dtype.itemsize == 2 else tolerances.ORTHONORMAL_FLOAT32)
 
 
 @pytest.mark.gpu
