@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import quality_figures
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -278,6 +280,11 @@ def scale_table() -> str:
     return markdown(head, cells)
 
 
+def quality_rows() -> list[Row]:
+    """The runs of benchmarks/quality.py."""
+    return [row for row in load("quality", "h200x4") if row["bench"] == "quality"]
+
+
 def filled(readme: str, tables: dict[str, str]) -> str:
     """A page with each table between its markers."""
     for name, table in tables.items():
@@ -297,6 +304,8 @@ def main() -> int:
     tables = {
         "README.md": {
             "train": training_table(), "step": step_table(), "outliers": outlier_table(),
+            "quality": markdown(*quality_figures.commonsense_table(quality_rows())),
+            "gsm8k": markdown(*quality_figures.gsm8k_table(quality_rows())),
         },
         "docs/distributed.md": {"scale": scale_table()},
     }  # fmt: skip
@@ -311,6 +320,7 @@ def main() -> int:
     training_chart(FIGURES / "train.png")
     step_chart(FIGURES / "step.png")
     outlier_chart(FIGURES / "outliers.png")
+    quality_figures.chart(quality_rows(), FIGURES / "quality.png")
     for name, text in after.items():
         (ROOT / name).write_text(text, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The quality table and chart of the README, from rows of benchmarks/quality.py."""
+"""The quality tables and the chart of the README, from rows of benchmarks/quality.py."""
 
 from __future__ import annotations
 
@@ -8,73 +8,155 @@ from typing import Any
 
 import quality_stats
 
-__all__ = ["chart", "chosen", "table"]
+__all__ = ["chart", "chosen", "commonsense_table", "gsm8k_table", "shown"]
 
 Row = dict[str, Any]
 NAMES = {
-    "full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "galore": "GaLore", "lisa": "LISA",
-    "ows": "OWS, full rank", "owlore-published": "OwLore as published", "owlore": "OwLore",
-    "uniform": "uniform, low rank",
+    "full": "full fine-tuning", "lora": "LoRA r 16", "dora": "DoRA r 16", "galore": "GaLore",
+    "lisa": "LISA, 5 blocks", "ows": "OWS, 5 blocks, full rank",
+    "owlore-published": "OwLore as published, 5 blocks", "owlore": "OwLore",
+    "uniform": "drawn evenly, 5 blocks, rank 128",
+}  # fmt: skip
+FROZEN = "embeddings=freeze,head=freeze"
+VARIANTS = {
+    "default": "5 blocks", "blocks=all": "all blocks",
+    f"blocks=all,{FROZEN}": "all blocks, frozen embedding",
+    f"blocks=all,{FROZEN},rank=32": "all, frozen embedding, rank 32", FROZEN: "frozen embedding",
+    "dense_lr=lr/3": "embedding at lr / 3", "implementation=galore-torch": "galore-torch",
+}  # fmt: skip
+# Shown beside what validation chose: what explains it, and rivals with the same embeddings.
+BESIDE = {
+    "commonsense": [
+        ("owlore", "default", 3e-4), ("owlore", f"blocks=all,{FROZEN}", 3e-4),
+        ("owlore", f"blocks=all,{FROZEN},rank=32", 3e-4), ("full", FROZEN, 1e-4),
+        ("full", "dense_lr=lr/3", 3e-4), ("galore", FROZEN, 1e-3),
+        ("galore", "dense_lr=lr/3", 3e-4), ("lisa", "dense_lr=lr/3", 3e-4),
+    ],
+    "gsm8k": [("owlore", "blocks=all", 1e-3), ("lora", "default", 1e-3)],
 }  # fmt: skip
 
 
 def chosen(rows: Sequence[Row], task: str) -> list[Row]:
     """Summaries of the runs on the test split that were named before it, the best first."""
-    named = [row for row in rows if row.get("chosen")]
-    return quality_stats.summarise(named, task, "test")
+    return [entry for entry in quality_stats.summarise(rows, task, "test") if entry["chosen"]]
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
-    """Head and cells of the table: commonsense accuracy, and the loss of GSM8K where there is one.
+def shown(rows: Sequence[Row], task: str) -> list[Row]:
+    """Summaries of what validation chose and of what stands beside it, the best first.
 
     Raises:
         ValueError: There is no row of a chosen variant.
     """
-    found = chosen(rows, "commonsense")
-    if not found:
+    found = [
+        entry
+        for entry in quality_stats.summarise(rows, task, "test")
+        if entry["chosen"]
+        or (entry["method"], entry["variant"], entry["lr"]) in BESIDE[task]
+    ]  # fmt: skip
+    if not any(entry["chosen"] for entry in found):
         raise ValueError("quality: no rows of chosen variants on the test split")
-    losses = {entry["method"]: entry for entry in chosen(rows, "gsm8k")}
+    return found
+
+
+def name_of(entry: Row) -> str:
+    """Method and variant in words."""
+    name, variant = NAMES.get(entry["method"], entry["method"]), entry["variant"]
+    if variant == "default" and entry["method"] != "owlore":
+        return name
+    return f"{name}, {VARIANTS.get(variant, variant)}"
+
+
+def commonsense_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+    """Head and cells of the table of commonsense accuracy."""
     head = [
-        "method", "lr", "accuracy, %", "against full fine-tuning, 95%", "GSM8K loss",
-        "gradients and state, MiB", "peak, GiB", "s", "seeds",
+        "method", "chosen", "lr", "accuracy, %", "against full fine-tuning, 95%",
+        "gradients and state, MiB", "of full's", "peak over weights, GiB", "seeds",
     ]  # fmt: skip
     cells: list[list[object]] = []
-    for entry in found:
-        name = NAMES.get(entry["method"], entry["method"])
-        if entry["variant"] != "default":
-            name = f"{name} ({entry['variant']})"
-        loss = losses.get(entry["method"])
-        deviation = "" if entry["deviation"] is None else f" ± {entry['deviation']:.2f}"
+    for entry in shown(rows, "commonsense"):
+        added, share = entry["added_gib"], entry["state_share"]
         cells.append(
             [
-                name, f"{entry['lr']:g}", f"{entry['mean']:.2f}{deviation}",
+                name_of(entry), "yes" if entry["chosen"] else "", f"{entry['lr']:g}",
+                f"{entry['mean']:.2f}{deviation(entry, 2)}",
                 quality_stats.interval(entry["against"], "commonsense"),
-                "" if loss is None else f"{loss['mean']:.4f}", f"{entry['state_mib']:.0f}",
-                f"{entry['peak_gib']:.2f}",
-                "" if entry["seconds"] is None else f"{entry['seconds']:.0f}", entry["seeds"],
+                f"{entry['state_mib']:,.0f}", "" if share is None else f"{100 * share:.0f}%",
+                "" if added is None else f"{added:.2f}", entry["seeds"],
             ]
         )  # fmt: skip
     return head, cells
 
 
-def chart(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against peak memory; bars are the 95% interval of the mean over seeds."""
-    from matplotlib.figure import Figure
+def gsm8k_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+    """Head and cells of the table of the loss on GSM8K."""
+    head = [
+        "method", "chosen", "lr", "loss, nats a token", "against full fine-tuning, 95%", "seeds",
+    ]  # fmt: skip
+    cells: list[list[object]] = [
+        [
+            name_of(entry), "yes" if entry["chosen"] else "", f"{entry['lr']:g}",
+            f"{entry['mean']:.4f}{deviation(entry, 4)}",
+            quality_stats.interval(entry["against"], "gsm8k"), entry["seeds"],
+        ]
+        for entry in shown(rows, "gsm8k")
+    ]  # fmt: skip
+    return head, cells
 
-    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
-    ax = figure.subplots()
-    for entry in chosen(rows, "commonsense"):
+
+def deviation(entry: Row, digits: int) -> str:
+    """The standard deviation over seeds as text, empty with one seed."""
+    return "" if entry["deviation"] is None else f" ± {entry['deviation']:.{digits}f}"
+
+
+def chart(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against peak memory and against training state; bars are 95% intervals of means."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import ConnectionPatch
+
+    entries = shown(rows, "commonsense")
+    figure = Figure(figsize=(11, 5.6), dpi=130, layout="constrained")
+    left, middle, right = figure.subplots(
+        1, 3, sharey=True, gridspec_kw={"width_ratios": (3, 2.2, 3)}
+    )
+    for entry in entries:
         half = 0.0
         if entry["seeds"] > 1:
             half = quality_stats.t_quantile(entry["seeds"] - 1) * entry["deviation"]
             half /= entry["seeds"] ** 0.5
-        colour = "#0072b2" if entry["method"] == "owlore" else "#6a6a6a"
-        ax.errorbar(entry["peak_gib"], entry["mean"], yerr=half, fmt="o", color=colour, capsize=3)
-        ax.annotate(
-            NAMES.get(entry["method"], entry["method"]), (entry["peak_gib"], entry["mean"]),
-            xytext=(6, 4), textcoords="offset points", fontsize=9, color=colour,
-        )  # fmt: skip
-    ax.set_xlabel("peak memory, GiB (SmolLM2-135M, batch 32, H100)")
-    ax.set_ylabel("accuracy, mean of four tasks, %")
-    ax.spines[["top", "right"]].set_visible(False)
+        entry["colour"] = "#0072b2" if entry["method"] == "owlore" else "#5a5a5a"
+        entry["places"] = [(left, entry["added_gib"]), (right, entry["state_mib"])]
+        for ax, x in entry["places"]:
+            if x is not None:
+                ax.errorbar(
+                    x, entry["mean"], yerr=half, fmt="o", color=entry["colour"], capsize=3,
+                    markerfacecolor=entry["colour"] if entry["chosen"] else "white", zorder=3,
+                )  # fmt: skip
+    low, high = left.get_ylim()
+    heights = [high - (high - low) * (i + 0.5) / len(entries) for i in range(len(entries))]
+    for entry, y in zip(entries, heights, strict=True):
+        middle.text(
+            0.5, y, name_of(entry), ha="center", va="center", fontsize=8, color=entry["colour"]
+        )
+        for (ax, x), end in zip(entry["places"], (0.0, 1.0), strict=True):
+            if x is not None:
+                figure.add_artist(
+                    ConnectionPatch(
+                        (end, y), (x, entry["mean"]), "data", "data", axesA=middle, axesB=ax,
+                        color="#d4d4d4", linewidth=0.7, zorder=0,
+                    )
+                )  # fmt: skip
+    middle.set_xlim(0, 1)
+    middle.set_axis_off()
+    left.set_xlabel("peak memory over weights and batches, GiB")
+    left.set_ylabel("accuracy, mean of four tasks, %")
+    right.set_xscale("log")
+    right.set_xticks([100, 300, 1000], ["100", "300", "1,000"])
+    right.set_xlabel("gradients, moments and bases, MiB")
+    for ax in (left, right):
+        # The lines to the labels lie below the axes.
+        ax.patch.set_visible(False)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "SmolLM2-135M on commonsense; filled: chosen on the validation split", fontsize=10
+    )
     figure.savefig(path, metadata={"Software": None})

@@ -134,6 +134,22 @@ def base_of(variant: str, known: Collection[str]) -> str | None:
     return None if variant == "default" else "default"
 
 
+def added_gib(rows: Iterable[Row], task: str, method: str, variant: str) -> float | None:
+    """Peak memory over weights and batches; None where no run noted what was there before it.
+
+    What a process kept of earlier runs is in both numbers. All rates and splits train alike.
+    """
+    found = [
+        # Adapters are there before the first step.
+        row["peak_gib"] - row["start_gib"]
+        + (row["trained_parameters"] / 2**28 if method in ("lora", "dora") else 0.0)
+        for row in rows
+        if (row["task"], row["method"], row["variant"]) == (task, method, variant)
+        and "start_gib" in row and row["steps"]
+    ]  # fmt: skip
+    return min(found, default=None)
+
+
 def summarise(
     rows: Sequence[Row],
     task: str,
@@ -209,6 +225,7 @@ def summarise(
             "state_mib": max(row["state_mib"] for row in own),
             # What an earlier run of a process has left counts in some: not in the least.
             "peak_gib": min(row["peak_gib"] for row in alone or own),
+            "added_gib": added_gib(rows, task, method, variant),
             "seconds": statistics.mean(row["seconds"] for row in alone) if alone else None,
             "trained_parameters": own[0]["trained_parameters"],
             "chosen": any(row.get("chosen") for row in own),

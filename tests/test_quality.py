@@ -521,16 +521,42 @@ def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
     assert take(()) == "nothing left"
 
 
-def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path) -> None:
+def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeypatch) -> None:
     rows = [
         {**row("full", 1e-4, 48.0 + seed, "test", seed), "chosen": True} for seed in range(3)
     ] + [{**row("owlore", 3e-4, 47.9 + seed, "test", seed), "chosen": True} for seed in range(3)]
     rows.append(row("owlore", 3e-4, 99.0, "test", variant="blocks=2"))
-    head, cells = quality_figures.table(rows)
-    assert [line[0] for line in cells] == ["full fine-tuning", "OwLore"]
+    rows.append(row("owlore", 3e-4, 47.0, "test", variant="blocks=all", seed=1))
+    beside = {"commonsense": [("owlore", "blocks=all", 3e-4)], "gsm8k": []}
+    monkeypatch.setattr(quality_figures, "BESIDE", beside)
+    head, cells = quality_figures.commonsense_table(rows)
+    assert [line[:2] for line in cells] == [
+        ["full fine-tuning", "yes"], ["OwLore, 5 blocks", "yes"], ["OwLore, all blocks", ""],
+    ]  # fmt: skip
     assert all(len(line) == len(head) for line in cells)
-    assert cells[1][2:4] == ["48.90 ± 1.00", "-0.10 [-0.10, -0.10]"]
+    assert cells[1][3:5] == ["48.90 ± 1.00", "-0.10 [-0.10, -0.10]"]
+    # Runs that did not note what was there before them have no peak.
+    assert [line[7] for line in cells] == ["", "", ""]
+    rows[0] |= {"peak_gib": 3.5, "start_gib": 1.0, "steps": 9}
+    rows[1] |= {"peak_gib": 3.9, "start_gib": 1.25, "steps": 9}
+    assert quality_figures.commonsense_table(rows)[1][0][7] == "2.50"
     quality_figures.chart(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000
+    losses = [
+        {**entry, "task": "gsm8k", "loss": 0.6 + entry["seed"] / 10, "chosen": True}
+        for entry in rows[:3]
+    ]
+    assert quality_figures.gsm8k_table(losses)[1] == [
+        ["full fine-tuning", "yes", "0.0001", "0.7000 ± 0.1000", "", 3]
+    ]
     with pytest.raises(ValueError, match="no rows of chosen variants"):
-        quality_figures.table(rows[-1:])
+        quality_figures.commonsense_table(rows[-1:])
+
+
+def test_adapters_count_in_what_lora_adds() -> None:
+    entry = {"peak_gib": 2.0, "start_gib": 0.5, "steps": 1, "trained_parameters": 2**26}
+    rows = [{**row(method, 1e-4, 40, "test"), **entry} for method in ("lora", "full")]
+    rows.append({**rows[0], "peak_gib": 0.0, "start_gib": 0.0, "steps": 0})
+    methods = ("lora", "full", "dora")
+    found = {m: quality_stats.added_gib(rows, "commonsense", m, "default") for m in methods}
+    assert found == {"lora": 1.75, "full": 1.5, "dora": None}
