@@ -254,14 +254,18 @@ PATHS = {"projected": "owlore", "dense": "owlore, gradient formed", "full": "Ada
 
 
 def scale_table() -> str:
-    """Training on several GPUs; empty as long as there are no results."""
-    if not (RESULTS / "h200x2" / "scale.json").is_file():
+    """Training on several GPUs, in each run; empty as long as there are no results."""
+    rows = []
+    for run, name in ((1, "scale_first"), (2, "scale")):
+        if (RESULTS / "h200x2" / f"{name}.json").is_file():
+            rows += [{**row, "run": run} for row in load(name, "h200x2")]
+    if not rows:
         return ""
-    rows = [row for row in load("scale", "h200x2") if row["strategy"] in SHARING]
+    rows = [row for row in rows if row["strategy"] in SHARING]
     rows.sort(key=lambda r: (list(PATHS).index(r["path"]), -r["blocks"],
-                             list(SHARING).index(r["strategy"])))  # fmt: skip
-    head = ["method", "blocks that train", "on", "peak GiB of a GPU", "tokens/s", "efficiency",
-            "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
+                             list(SHARING).index(r["strategy"]), r["run"]))  # fmt: skip
+    head = ["method", "blocks that train", "on", "run", "peak GiB of a GPU", "tokens/s",
+            "efficiency", "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
     cells = []
     for row in rows:
         alone = row["strategy"] == "one"
@@ -270,9 +274,10 @@ def scale_table() -> str:
                 PATHS[row["path"]],
                 row["blocks"],
                 SHARING[row["strategy"]] + ("" if alone else f", {row['gpus']} GPUs"),
+                row["run"],
                 f"{row['peak_gib']:.2f}",
                 f"{row['tokens_per_s'] / (row['gpus'] if alone else 1):,.0f}",
-                "" if alone else f"{row['efficiency']:.2f}",
+                "" if alone else f"{row['efficiency']:.3f}",
                 "" if alone else f"{row['allreduce_mib_per_step']:,.0f}",
                 "" if alone else f"{row['dense_allreduce_mib_per_step']:,.0f}",
             )
