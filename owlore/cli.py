@@ -198,12 +198,13 @@ def _train_options(found: argparse.Namespace) -> tuple[Any, OwLoreConfig]:
     ):  # fmt: skip
         if not given.get(name):
             raise UsageError(f"{what} is missing (see owlore train --help)")
-    preset = given.pop("preset", "owlore")
-    if preset not in PRESETS:
+    preset = given.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
         hint = _suggestion(str(preset), PRESETS)
         raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
     options = TrainOptions(**{k: v for k, v in given.items() if k in train_types})
-    config = OwLoreConfig.preset(preset, **{k: v for k, v in given.items() if k in config_types})
+    method = {} if preset is None else PRESETS[preset]
+    config = OwLoreConfig(**method | {k: v for k, v in given.items() if k in config_types})
     return options, config
 
 
@@ -351,11 +352,11 @@ def _plan(arguments: Sequence[str]) -> int:
         for name, value in found.items()
         if name in types
     }
-    preset = found["preset"] or "owlore"
-    if preset not in PRESETS:
+    preset = found["preset"]
+    if preset is not None and preset not in PRESETS:
         hint = _suggestion(preset, PRESETS)
         raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
-    config = OwLoreConfig.preset(preset, **options)
+    config = OwLoreConfig(**({} if preset is None else PRESETS[preset]) | options)
     import torch
 
     from owlore import planner

@@ -25,9 +25,9 @@ STATES = ("reset", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("fp32", "bf16")
 PRESETS: dict[str, dict[str, Any]] = {
-    "owlore": {},
-    "ows": {"rank": None},
-    "lisa": {"distribution": "uniform", "rank": None},
+    "owlore": {"blocks": 5},
+    "ows": {"blocks": 5, "rank": None},
+    "lisa": {"distribution": "uniform", "blocks": 5, "rank": None},
     "galore": {"distribution": "uniform", "blocks": "all"},
     "full": {"distribution": "uniform", "blocks": "all", "rank": None},
 }
@@ -93,7 +93,7 @@ class OwLoreConfig:
     eps: float = option(1e-8, "added to Adam's denominator after bias correction")
     weight_decay: float = option(0.0, "decoupled decay of weights with two or more dimensions")
     scale: float = option(1.0, "factor on the low-rank update (GaLore's alpha)")
-    blocks: int | str = option(5, "decoder blocks that train at a time (gamma), or 'all'")
+    blocks: int | str = option("all", "decoder blocks that train at a time (gamma), or 'all'")
     rank: int | None = option(128, "rank of the subspace; 'none' trains drawn blocks densely")
     rank_distribution: str = option(
         "even",
@@ -172,7 +172,7 @@ class OwLoreConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> OwLoreConfig:
-        """A named method: owlore, ows (full rank), lisa, galore or full.
+        """A published method: owlore (five blocks drawn at a time), ows, lisa, galore or full.
 
         Args:
             name: One of the five names.
@@ -263,6 +263,17 @@ def resolve_distribution(distribution: Distribution) -> Distribution:
     if not callable(function):
         raise ValueError(f"distribution: {distribution!r} is not a function")
     return function
+
+
+def needs_scores(config: OwLoreConfig) -> bool:
+    """Whether draws or ranks follow outlier scores that the configuration does not hold."""
+    if config.scores is not None:
+        return False
+    if not (isinstance(config.distribution, str) and config.distribution in DISTRIBUTIONS):
+        return True
+    # Where all blocks train at one rank, scores decide nothing.
+    matter = config.blocks != "all" or config.rank_distribution == "probability"
+    return matter and config.distribution in ("outlier", "reverse")
 
 
 def check_choices(options: Any) -> None:

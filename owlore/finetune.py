@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from owlore import planner
-from owlore.config import DISTRIBUTIONS, OwLoreConfig
+from owlore.config import OwLoreConfig, needs_scores
 from owlore.data import Collator, Example, TokenizedData, read_jsonl, split, tokenize
 from owlore.models import SOURCE_FILE, LoadedModel, load
 from owlore.optimizer import OwLore
@@ -359,11 +359,6 @@ def stored_options(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def _needs_scores(config: OwLoreConfig) -> bool:
-    named = isinstance(config.distribution, str) and config.distribution in DISTRIBUTIONS
-    return config.scores is None and (not named or config.distribution in ("outlier", "reverse"))
-
-
 def _arguments(options: TrainOptions, config: OwLoreConfig, out: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -563,7 +558,7 @@ def train(options: TrainOptions, config: OwLoreConfig, versions: dict[str, Any])
     scores: OutlierScores | None = None
     if stored and scores_file.is_file():
         scores = OutlierScores.load(scores_file)
-    elif _needs_scores(config):
+    elif needs_scores(config):
         used = min(options.calibration_rows, len(data.examples))
         _say(f"scores    computing outlier scores from {used} training rows")
         scores = calibrate(

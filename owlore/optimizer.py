@@ -20,7 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from typing_extensions import Unpack
 
 from owlore import blocks, checkpoints, distributed, ops, projected, projection, sampling
-from owlore.config import Options, OwLoreConfig, importable
+from owlore.config import Options, OwLoreConfig, importable, needs_scores
 from owlore.outliers import read_scores
 
 logger = logging.getLogger(__name__)
@@ -293,7 +293,10 @@ class OwLore(Optimizer):
         scores = None if given.scores is None else read_scores(given.scores)
         self._scores = None if scores is None else sampling.check_scores(scores, n).tolist()
         norms = blocks.weight_norms(layout) if given.distribution == "weight_norm" else None
-        p = sampling.probabilities(given.distribution, n, self._scores, norms, given.floor)
+        drawn = given.distribution
+        if drawn in ("outlier", "reverse") and self._scores is None and not needs_scores(given):
+            drawn = "uniform"
+        p = sampling.probabilities(drawn, n, self._scores, norms, given.floor)
         earlier = _earlier_hooks(layout.owner)
         before = {entry.name: entry.param.requires_grad for entry in layout.entries}
         for hook in earlier.values():

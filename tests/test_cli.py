@@ -318,6 +318,17 @@ def test_a_preset_on_the_command_line_goes_before_the_file(
     assert (config["interval"], config["lr"]) == (7, 0.002)
 
 
+def test_without_a_preset_all_blocks_train_and_nothing_is_calibrated(
+    words: list[str], tmp_path: Path
+) -> None:
+    arguments = _without(words, "--blocks")
+    assert main(arguments) == 0
+    run = read(tmp_path / "run")
+    assert run["config"]["blocks"] == "all"
+    assert run["scores"] is None
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
 def _without(words: list[str], *names: str) -> list[str]:
     """The words less these options and their values."""
     gone = {i + k for i, word in enumerate(words) if word in names for k in (0, 1)}

@@ -25,7 +25,7 @@ DEFAULTS = {
     "eps": 1e-8,
     "weight_decay": 0.0,
     "scale": 1.0,
-    "blocks": 5,
+    "blocks": "all",
     "rank": 128,
     "rank_distribution": "even",
     "interval": 50,
@@ -125,8 +125,8 @@ def test_a_configuration_cannot_be_changed():
     given = OwLoreConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         given.lr = 1.0
-    changed = given.replace(lr=1.0, blocks="all")
-    assert (changed.lr, changed.blocks, given.lr) == (1.0, "all", 3e-4)
+    changed = given.replace(lr=1.0, blocks=7)
+    assert (changed.lr, changed.blocks, given.lr) == (1.0, 7, 3e-4)
     with pytest.raises(ValueError, match="lr: expected a number >= 0, got -1"):
         given.replace(lr=-1)
 
@@ -304,11 +304,11 @@ def test_presets():
         default = OwLoreConfig().to_dict()
         return {key: value for key, value in plain.items() if value != default[key]}
 
-    assert differs("owlore") == {}
-    assert differs("ows") == {"rank": None}
-    assert differs("lisa") == {"distribution": "uniform", "rank": None}
-    assert differs("galore") == {"distribution": "uniform", "blocks": "all"}
-    assert differs("full") == {"distribution": "uniform", "blocks": "all", "rank": None}
+    assert differs("owlore") == {"blocks": 5}
+    assert differs("ows") == {"blocks": 5, "rank": None}
+    assert differs("lisa") == {"distribution": "uniform", "blocks": 5, "rank": None}
+    assert differs("galore") == {"distribution": "uniform"}
+    assert differs("full") == {"distribution": "uniform", "rank": None}
     assert OwLoreConfig.preset("lisa", blocks=2, rank=4).rank == 4
 
 
@@ -323,6 +323,23 @@ def test_presets_without_outlier_scores_need_none(name):
     overrides = {"blocks": 2} if name == "lisa" else {}
     optimizer = OwLore(tiny_models.build("llama"), OwLoreConfig.preset(name, **overrides))
     assert optimizer.probabilities == pytest.approx([1 / 3] * 3)
+
+
+def test_scores_are_needed_only_where_they_decide_something():
+    optimizer = OwLore(tiny_models.build("llama"), rank=4)
+    assert optimizer.probabilities == pytest.approx([1 / 3] * 3)
+    optimizer = OwLore(tiny_models.build("llama"), rank=4, scores=[1, 1, 2])
+    assert optimizer.probabilities == pytest.approx([0.25, 0.25, 0.5])
+    for options in ({"blocks": 3}, {"rank_distribution": "probability"}):
+        for distribution in ("outlier", "reverse"):
+            wanted = OwLoreConfig(distribution=distribution, **options)
+            assert config.needs_scores(wanted)
+            assert not config.needs_scores(wanted.replace(scores=[1, 1, 2]))
+            assert not config.needs_scores(wanted.replace(distribution="uniform"))
+            assert not config.needs_scores(OwLoreConfig(distribution=distribution))
+            with pytest.raises(ValueError, match=r"scores: .*`owlore outliers"):
+                OwLore(tiny_models.build("llama"), wanted)
+    assert config.needs_scores(OwLoreConfig(distribution=lambda scores: scores))
 
 
 @pytest.mark.parametrize("name", ["owlore", "ows"])

@@ -58,7 +58,7 @@ def test_tables_are_those_of_the_committed_results():
 
 def test_files_that_are_linked_exist():
     for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README):
-        target = link[0] or link[1]
+        target = (link[0] or link[1]).partition("#")[0]
         if not target.startswith("http"):
             assert (ROOT / target).is_file(), target
 
@@ -72,8 +72,7 @@ def test_the_five_lines_run(tiny_llama):
         "model": tiny_llama,
         "loader": [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (3, 2, 9))],
     }
-    lines = code.replace("blocks=5", "blocks=2").replace('"scores.json"', "[0.1, 0.2, 0.3, 0.4]")
     before = tiny_llama.lm_head.weight.detach().clone()
-    exec(lines, scope)
+    exec(code, scope)
     assert scope["optimizer"].steps == 3
     assert not torch.equal(before, tiny_llama.lm_head.weight)
