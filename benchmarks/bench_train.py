@@ -202,8 +202,12 @@ def owlore_config(case: Case, period: int, count: int) -> tuple[OwLoreConfig, tu
     return config, chosen
 
 
-def galore_adamw() -> type[torch.optim.Optimizer]:
-    """galore-torch's AdamW, whose bases are random: their computation is measured on its own."""
+def galore_adamw(undo: list[Callable[[], Any]]) -> type[torch.optim.Optimizer]:
+    """galore-torch's AdamW, whose bases are random: their computation is measured on its own.
+
+    Args:
+        undo: Takes what gives galore-torch its own bases back.
+    """
     name = "galore_torch"
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -223,6 +227,8 @@ def galore_adamw() -> type[torch.optim.Optimizer]:
             max(shape) ** 0.5
         )
 
+    own = GaLoreProjector.get_orthogonal_matrix
+    undo.append(lambda: setattr(GaLoreProjector, "get_orthogonal_matrix", own))
     GaLoreProjector.get_orthogonal_matrix = orthogonal
     return AdamW
 
@@ -269,7 +275,7 @@ class Provider:
                 "params": matrices, "rank": case.rank, "update_proj_gap": NEVER, "scale": 0.25,
                 "proj_type": "std",
             }  # fmt: skip
-            optimizer = galore_adamw()(
+            optimizer = galore_adamw(self.undo)(
                 [{"params": rest}, low], lr=1e-4, no_deprecation_warning=True
             )
         else:

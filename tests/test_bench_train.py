@@ -109,7 +109,13 @@ def test_a_table_runs_at_once_and_is_planned(
         return run(case, *args)
 
     monkeypatch.setattr(bench, "run", once_out_of_memory)
+    undo: list[Any] = []
+    bench.galore_adamw(undo)
+    undo.pop()()
+    projector = sys.modules["galore_torch.galore_projector"].GaLoreProjector
+    own = projector.get_orthogonal_matrix
     bench.main()
+    assert projector.get_orthogonal_matrix is own
     _, *rows = json.loads(out.read_text())
     assert "owlore" in failed[0]
     assert len(rows) >= 6
