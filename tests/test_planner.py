@@ -78,15 +78,22 @@ def allocated_peak(call: Any) -> int:
             call()
     finally:
         gc.enable()
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, int, int]] = []
     waiting = list(profile.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting.extend(event.children)
         if event.tag == torch._C._profiler._EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.alloc_size, fields.ptr))
     now = peak = 0
-    for _, size in sorted(found, key=lambda entry: entry[0]):
+    held: set[int] = set()
+    for _, size, pointer in sorted(found, key=lambda entry: entry[0]):
+        # An address that an earlier profile saw and that is freed in this one is reported with the
+        # size it had then.
+        if size < 0 and pointer not in held:
+            continue
+        (held.add if size > 0 else held.discard)(pointer)
         now += size
         peak = max(peak, now)
     return peak
