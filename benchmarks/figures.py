@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# A script's folder is off the path where PYTHONSAFEPATH is set, as make does.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import quality_figures
 
 ROOT = Path(__file__).parent.parent
