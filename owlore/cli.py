@@ -198,14 +198,20 @@ def _train_options(found: argparse.Namespace) -> tuple[Any, OwLoreConfig]:
     ):  # fmt: skip
         if not given.get(name):
             raise UsageError(f"{what} is missing (see owlore train --help)")
-    preset = given.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        hint = _suggestion(str(preset), PRESETS)
-        raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
+    method = _method(given.pop("preset", None))
     options = TrainOptions(**{k: v for k, v in given.items() if k in train_types})
-    method = {} if preset is None else PRESETS[preset]
     config = OwLoreConfig(**method | {k: v for k, v in given.items() if k in config_types})
     return options, config
+
+
+def _method(preset: str | None) -> dict[str, Any]:
+    """The options of a preset; none if there is no preset."""
+    if preset is None:
+        return {}
+    if preset not in PRESETS:
+        hint = _suggestion(str(preset), PRESETS)
+        raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
+    return PRESETS[preset]
 
 
 def _train_parser() -> _Parser:
@@ -352,11 +358,7 @@ def _plan(arguments: Sequence[str]) -> int:
         for name, value in found.items()
         if name in types
     }
-    preset = found["preset"]
-    if preset is not None and preset not in PRESETS:
-        hint = _suggestion(preset, PRESETS)
-        raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}{hint}")
-    config = OwLoreConfig(**({} if preset is None else PRESETS[preset]) | options)
+    config = OwLoreConfig(**_method(found["preset"]) | options)
     import torch
 
     from owlore import planner

@@ -432,7 +432,6 @@ def _strongest(C: Tensor, gram: Tensor, r: int) -> Tensor:
     weak = identity[:, r:].expand(len(C), -1, -1)
     for i in range(_INVERSE_STEPS):
         weak = inverse @ weak
-        # A power of the inverse would turn all columns to the weakest direction.
         for _ in range(2 if i == _INVERSE_STEPS - 1 else 1):
             L = _factor_(weak.mT @ weak)
             weak = torch.linalg.solve_triangular(L, weak.mT, upper=False).mT

@@ -153,6 +153,18 @@ def test_permuted_products(m, n, r, rows, cols, warps, side):
     assert (ours[0][0] != want[0][0]).float().mean() < 2e-3
 
 
+def cut(whole, side, row, col):
+    """What a rank holds of W, R, P, M and V from a row and column on, and its parts of W, M, V."""
+    W, R, P, M, V = whole
+    place = (slice(row, None), slice(col, None))
+    if side == "left":
+        lines, P = (slice(None), slice(col, None)), P[row:].contiguous()
+    else:
+        lines, P = (slice(row, None), slice(None)), P[col:].contiguous()
+    shard = (W[place], R[lines].contiguous(), P, M[lines].contiguous(), V[lines].contiguous())
+    return shard, (place, lines, lines)
+
+
 @pytest.mark.parametrize("layout", ["row", "column"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_shard_takes_the_bits_of_the_whole_matrix(side, layout):
@@ -162,16 +174,11 @@ def test_a_shard_takes_the_bits_of_the_whole_matrix(side, layout):
     options = {"stochastic": True, "projected": True, "config": WHOLE}
     whole, _ = step(lowrank_adam.launch_lowrank_adam, [(W, R, P, M, V)], [side], **options)
     row, col = 40, 24
-    place = (slice(row, None), slice(col, None))
-    if side == "left":
-        lines, P = (slice(None), slice(col, None)), P[row:].contiguous()
-    else:
-        lines, P = (slice(row, None), slice(None)), P[col:].contiguous()
-    shard = (W[place], R[lines].contiguous(), P, M[lines].contiguous(), V[lines].contiguous())
+    shard, parts = cut((W, R, P, M, V), side, row, col)
     begins = {"first_rows": [row], "first_columns": [col]}
     got, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options, **begins)
     other, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options)
-    for k, part in enumerate((place, lines, lines)):
+    for k, part in enumerate(parts):
         want = whole[0][k][part]
         assert torch.equal(got[0][k], want)
         assert not torch.equal(other[0][k], want)
@@ -514,17 +521,12 @@ def test_table_configurations_on_shards_on_the_gpu(side, r, stochastic, layout):
     options = {"stochastic": stochastic, "projected": True}
     whole, _ = step(lowrank_adam.launch_lowrank_adam, [(W, R, P, M, V)], [side], **options)
     row, col = 512, 256
-    place = (slice(row, None), slice(col, None))
-    if side == "left":
-        lines, P = (slice(None), slice(col, None)), P[row:].contiguous()
-    else:
-        lines, P = (slice(row, None), slice(None)), P[col:].contiguous()
-    shard = (W[place], R[lines].contiguous(), P, M[lines].contiguous(), V[lines].contiguous())
+    shard, parts = cut((W, R, P, M, V), side, row, col)
     begins = {"first_rows": [row], "first_columns": [col]}
     got, flags = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options, **begins)
     assert_close_to_float64(got, [shard], [side], **options)
     assert flags.tolist() == [0]
-    for k, part in enumerate((place, lines, lines)):
+    for k, part in enumerate(parts):
         assert torch.equal(got[0][k], whole[0][k][part])
     if stochastic:
         other, _ = step(lowrank_adam.launch_lowrank_adam, [shard], [side], **options)
