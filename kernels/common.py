@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -111,13 +112,14 @@ class Launch:
 
     Args:
         kernel: The kernel.
-        tiles: A row for each program.
+        tiles: A row for each program, or None for a single program.
         constants: Its compile-time arguments and launch options.
     """
 
-    def __init__(self, kernel: Any, tiles: Tensor, constants: dict[str, Any]) -> None:
+    def __init__(self, kernel: Any, tiles: Tensor | None, constants: dict[str, Any]) -> None:
         self._kernel = kernel
         self._tiles = tiles
+        self._grid = (1 if tiles is None else tiles.shape[0], 1, 1)
         self._constants = constants
         self._names = [name for name in kernel.arg_names if name not in constants]
         self._tail = [constants[name] for name in kernel.arg_names if name in constants]
@@ -136,7 +138,7 @@ class Launch:
         if start is not None:
             start(*arguments, *self._tail)
             return
-        grid = (self._tiles.shape[0], 1, 1)
+        grid = self._grid
         named = dict(zip(self._names, arguments, strict=True))
         built = self._kernel[grid](**named, **self._constants)
         # The interpreter, and an asynchronous compilation, return something else.
@@ -154,47 +156,67 @@ def keep(*objects: object) -> None:
     _captured.append(objects)
 
 
+@triton.jit(do_not_specialize=["numbers"])
+def _write_kernel(array_ptr, numbers, COUNT: tl.constexpr):
+    """array[i] <- numbers[i], by a single program."""
+    for i in tl.static_range(COUNT):
+        tl.store(array_ptr + i, numbers[i])
+
+
 class Addresses:
     """Addresses of tensors that move from step to step, on the device.
 
-    An array, once uploaded, is never written again: a CUDA graph may replay launches that read it.
+    They travel as arguments of a launch: unlike a copy that needs no pinned memory, which the host
+    must not touch before the copy is done. The arrays used last are kept, as a training loop comes
+    back to the same addresses every few steps. The steps of one optimizer follow each other on the
+    device, so that an array may be written again once its addresses are forgotten; those that a
+    CUDA graph refers to never are.
     """
 
-    _MOST = 4
+    # Arrays kept, and addresses in one launch: kernels take at least 4 KiB of arguments.
+    _MOST = 8
+    _AT_ONCE = 256
+    # In the place of addresses that nobody reads. Triton takes small numbers for int32.
+    _NOWHERE = 1 << 62
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int) -> None:
         self._device = device
+        least = 1 << max(count - 1, 0).bit_length()
+        self._at_once = min(max(least, 16), self._AT_ONCE)
+        self._size = triton.cdiv(count, self._at_once) * self._at_once
+        self._write = Launch(_write_kernel, None, {"COUNT": self._at_once, "num_warps": 1})
         self._known: dict[tuple[int, ...], Tensor] = {}
-        self._staged: Tensor | None = None
+        # Arrays written so far.
+        self.written = 0
 
     def __contains__(self, addresses: tuple[int, ...]) -> bool:
         return addresses in self._known
 
     def at(self, addresses: tuple[int, ...], capturing: bool) -> Tensor:
-        """The addresses as int64.
+        """The addresses as int64; the caller keeps the array if it is capturing.
 
         Args:
             addresses: The same number in every call.
             capturing: A CUDA graph is being captured.
         """
-        array = self._known.get(addresses)
+        known = self._known
+        array = known.pop(addresses, None)
         if array is None:
-            host = self._blank(len(addresses)) if self._staged is None else self._staged
-            host.numpy()[:] = addresses
-            array = host.to(self._device, non_blocking=True)
-            if capturing:
-                # A replay reads the host's copy again.
-                keep(host)
-            self._staged = None
-            remember(self._known, addresses, array, self._MOST)
-        if self._staged is None and not capturing:
-            # Ahead of time: CUDA allocates no pinned memory during a capture.
-            self._staged = self._blank(len(addresses))
+            if len(known) < self._MOST or capturing:
+                array = torch.empty(self._size, dtype=torch.int64, device=self._device)
+            else:
+                array = known.pop(next(iter(known)))
+            numbers = addresses + (self._NOWHERE,) * (self._size - len(addresses))
+            if 0 in addresses:
+                numbers = tuple([number or self._NOWHERE for number in numbers])
+            for start in range(0, self._size, self._at_once):
+                part = numbers[start : start + self._at_once]
+                self._write(0, {"array_ptr": array[start:] if start else array, "numbers": part})
+            self.written += 1
+        if not capturing:
+            # At the end: the first one is the one used longest ago.
+            known[addresses] = array
         return array
-
-    def _blank(self, count: int) -> Tensor:
-        on_gpu = self._device.type == "cuda"
-        return torch.empty(count, dtype=torch.int64, pin_memory=on_gpu)
 
 
 class Prepared:
@@ -220,9 +242,10 @@ class Prepared:
         self._seed = seed
         self._scratch_size = scratch_size
         self._device = grads[0].device
-        self._addresses = Addresses(self._device)
-        self._shapes = _shapes(grads)
-        self._layouts = _layouts(grads)
+        self._addresses = Addresses(self._device, len(grads))
+        self._places = _places(grads)
+        self._strides = [G.stride() for G in grads]
+        self._dtypes = [G.dtype for G in grads]
         self._aligned = aligned(grads)
 
     def launch(
@@ -257,13 +280,15 @@ class Prepared:
             False if the gradients differ in shape, strides, dtype, device or alignment from those
             it was prepared for; then nothing was done.
         """
-        pointers = tuple([G.data_ptr() for G in grads])
-        if _layouts(grads) != self._layouts or not (fitting or _shapes(grads) == self._shapes):
+        if [G.stride() for G in grads] != self._strides or [G.dtype for G in grads] != self._dtypes:
+            return False
+        if not fitting and _places(grads) != self._places:
+            return False
+        pointers = tuple(map(Tensor.data_ptr, grads))
+        if pointers not in self._addresses and _all_even(pointers) != self._aligned:
             return False
         device = self._device
         capturing = is_capturing(device)
-        if pointers not in self._addresses and _all_even(pointers) != self._aligned:
-            return False
         kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in (lr, nonfinite, rng_step)])
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             values = {
@@ -281,12 +306,8 @@ class Prepared:
         return True
 
 
-def _shapes(tensors: Sequence[Tensor]) -> list[tuple]:
+def _places(tensors: Sequence[Tensor]) -> list[tuple]:
     return [(x.shape, x.device) for x in tensors]
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple]:
-    return [(x.stride(), x.dtype) for x in tensors]
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
@@ -295,7 +316,7 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def _all_even(pointers: Sequence[int]) -> bool:
-    return not any([pointer & 15 for pointer in pointers])
+    return not functools.reduce(operator.or_, pointers, 0) & 15
 
 
 def fixed_key(lists: Sequence[Sequence[Tensor]], *more: Hashable) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import operator
@@ -34,6 +35,9 @@ _FREE_OPTIONS = ("lr", "dense_lr", "betas", "eps", "weight_decay", "scale", "sco
 _COUNTERS = ("_p", "_scores", "_steps", "_drawn", "_active", "_accumulates")
 # Sketches from which bases are made at a time; each is freed when its basis is there.
 _SKETCHES = 16
+# What a step looks up for every parameter, without a Python call for each.
+_GRAD = operator.attrgetter("grad")
+_WEIGHT = operator.itemgetter("weight")
 # A model of whose block weights less than this share trains is warned of.
 _LEAST_SHARE = 0.9
 
@@ -199,6 +203,7 @@ class _Bucket:
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
         self.params = [member.param for member in members]
+        self.everyone = tuple(range(len(members)))
         self.block_weights = members[0].entry.role == blocks.BLOCKS
         self.transposed = any(member.entry.transposed for member in members)
         self.decays = members[0].weight.dim() >= 2
@@ -794,14 +799,17 @@ class OwLore(Optimizer):
                 bucket.ready = None
         for bucket in buckets:
             sketched = self._sketching and bucket.projects and self._refresh_from_sketches(bucket)
-            grads = [param.grad for param in bucket.params]
-            have = tuple([i for i, grad in enumerate(grads) if grad is not None])
+            grads = list(map(_GRAD, bucket.params))
+            have = bucket.everyone
+            if any(map(operator.is_, grads, itertools.repeat(None))):
+                have = tuple([i for i, grad in enumerate(grads) if grad is not None])
+                grads = [grads[i] for i in have]
             trained |= bucket.block_weights and (bool(have) or sketched)
             if have:
                 ready = bucket.ready
                 if ready is None or ready.have != have or _has_moved(ready):
                     ready = bucket.ready = self._prepare(bucket, have)
-                stepped.append((bucket, ready, [grad for grad in grads if grad is not None]))
+                stepped.append((bucket, ready, grads))
         if not same or len(states) != len(before):
             self._states_stepped = list(states)
         if stepped:
@@ -1674,10 +1682,10 @@ def _read_together(values: dict[str, Tensor]) -> dict[str, Any]:
 
 def _has_moved(ready: _Ready) -> bool:
     """Whether a weight is no longer where it was."""
-    held = [holder["weight"] for holder in ready.holders]
+    held = map(_WEIGHT, ready.holders)
     if ready.members[0].spread is not None:
-        held = [distributed.local(weight) for weight in held]
-    return [weight.data_ptr() for weight in held] != ready.addresses
+        held = map(distributed.local, held)
+    return list(map(Tensor.data_ptr, held)) != ready.addresses
 
 
 def _grad(member: _Member) -> Tensor:
