@@ -5,10 +5,14 @@
 host_ms is how long step() keeps the calling thread, without waiting for the device; ms is the
 device's time for steps in a row. The case "llama2-7b-5-blocks" is the 35 matrices alone, with
 embedding, head and norms frozen; in "-and-dense" those train too (with a vocabulary of 512).
-Gradients are "kept" in their places, or "new" at every step, at addresses that no step saw before.
-launches and copies are the kernels, and the copies and fills of memory, of one such step. The timed
-steps are those between two draws and two refreshes, and run under
-torch.cuda.set_sync_debug_mode("error").
+Gradients are "kept" in their places, with the same learning rate and nothing between two steps; or
+"new" at every step, at addresses that no step saw before. In a "loop" they come from a forward and
+a backward pass on 512 tokens at every step, after zero_grad(set_to_none=True) and with another
+learning rate, as in training; in a "ragged loop" the passes take 64 to 512 tokens in turn, so that
+memory is handed out differently. tables is in how many of the timed steps the kernels' addresses of
+gradients were sent to the device, as no recent step had had them. launches and copies are the
+kernels, and the copies and fills of memory, of one step. The timed steps are those between two
+draws and two refreshes, and run under torch.cuda.set_sync_debug_mode("error").
 """
 
 from __future__ import annotations
@@ -73,28 +77,65 @@ def move_gradients(optimizer: torch.optim.Optimizer) -> None:
         param.grad = grad
 
 
-def host_time(optimizer: torch.optim.Optimizer, device: str, moves: bool, repeats: int) -> float:
-    """Median time for which step() keeps the calling thread. Milliseconds."""
-    samples = []
-    for _ in range(repeats):
-        if moves:
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: int, lr: float) -> None:
+    """What a training loop does between two steps."""
+    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    ids = torch.randint(0, 512, (1, tokens), device=next(model.parameters()).device)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def tables_written(optimizer: torch.optim.Optimizer) -> int:
+    """How often the kernels' addresses of gradients were sent to the device."""
+    buckets = optimizer._buckets or () if isinstance(optimizer, OwLore) else ()
+    prepared = [bucket.ready.step._prepared for bucket in buckets if bucket.ready is not None]
+    return sum(one.addresses.written for one in prepared if one is not None)
+
+
+def host_time(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: str,
+    gradients: str,
+    repeats: int,
+    longest: int = 512,
+) -> dict[str, float]:
+    """Median time for which step() keeps the calling thread, in milliseconds, and tables sent."""
+    samples, tables = [], []
+    lengths = random.Random(0)
+    for k in range(repeats):
+        if gradients == "new":
             move_gradients(optimizer)
+        elif gradients != "kept":
+            tokens = longest if gradients == "loop" else lengths.randint(longest // 8, longest)
+            train(model, optimizer, tokens, 1e-4 * (1 - k / 10_000))
         if device == "cuda":
-            torch.cuda.synchronize()
+            if gradients in ("kept", "new"):
+                torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
+        before = tables_written(optimizer)
         began = time.perf_counter()
         optimizer.step()
         samples.append((time.perf_counter() - began) * 1e3)
+        tables.append(tables_written(optimizer) > before)
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+            # As where a loop reads its loss: no step waits for room in the queue of launches.
+            torch.cuda.synchronize()
     # The first ones fill caches.
-    return statistics.median(samples[repeats // 4 :])
+    timed = slice(repeats // 4, None)
+    return {"host_ms": statistics.median(samples[timed]), "tables": sum(tables[timed])}
 
 
-def count_launches(optimizer: torch.optim.Optimizer, moves: bool) -> dict[str, int]:
+def count_launches(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradients: str
+) -> dict[str, int]:
     """Kernels, and copies and fills of memory, in one step on the GPU."""
-    if moves:
+    if gradients == "new":
         move_gradients(optimizer)
+    elif gradients != "kept":
+        train(model, optimizer, 512, 2e-4)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
@@ -133,15 +174,16 @@ def main() -> None:
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()
             timing = common.measure([optimizer.step], args.device, repeats=20, graph=False)
-            for gradients in ("kept", "new"):
-                moves = gradients == "new"
-                host = host_time(optimizer, args.device, moves, args.repeats)
-                counts = count_launches(optimizer, moves) if args.device == "cuda" else {}
+            for gradients in ("kept", "new", "loop", "ragged loop"):
+                longest = 64 if args.small else 512
+                host = host_time(model, optimizer, args.device, gradients, args.repeats, longest)
+                on_gpu = args.device == "cuda"
+                counts = count_launches(model, optimizer, gradients) if on_gpu else {}
                 rows.append(
                     {
                         "bench": "step", "case": CASE + ("-and-dense" if dense else ""),
                         "provider": provider, "rank": rank, "path": path, "gradients": gradients,
-                        "ms": timing.ms, "host_ms": host, **counts,
+                        "ms": timing.ms, **host, **counts,
                     }
                 )  # fmt: skip
                 common.show(rows[-1])

@@ -224,6 +224,9 @@ class Prepared:
 
     It knows addresses, not tensors: the caller keeps the tensors in their places.
 
+    Attributes:
+        addresses: Where the gradients of recent steps were.
+
     Args:
         groups: Launches and the table on the device of each group of tensors.
         grads: Gradients like those that will come.
@@ -242,7 +245,7 @@ class Prepared:
         self._seed = seed
         self._scratch_size = scratch_size
         self._device = grads[0].device
-        self._addresses = Addresses(self._device, len(grads))
+        self.addresses = Addresses(self._device, len(grads))
         self._places = _places(grads)
         self._strides = [G.stride() for G in grads]
         self._dtypes = [G.dtype for G in grads]
@@ -285,7 +288,7 @@ class Prepared:
         if not fitting and _places(grads) != self._places:
             return False
         pointers = tuple(map(Tensor.data_ptr, grads))
-        if pointers not in self._addresses and _all_even(pointers) != self._aligned:
+        if pointers not in self.addresses and _all_even(pointers) != self._aligned:
             return False
         device = self._device
         capturing = is_capturing(device)
@@ -294,7 +297,7 @@ class Prepared:
             values = {
                 **scalars(beta1, beta2, eps, weight_decay, self._seed), "scale": float(scale),
                 "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
-                "grads_ptr": self._addresses.at(pointers, capturing),
+                "grads_ptr": self.addresses.at(pointers, capturing),
                 "scratch_ptr": arena(device, self._scratch_size) if self._scratch_size else None,
             }  # fmt: skip
             for launches, table in self._groups:
