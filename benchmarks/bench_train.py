@@ -3,7 +3,7 @@
     python benchmarks/bench_train.py --json benchmarks/results/h100/train.json
     python benchmarks/bench_train.py --cases lora --budget 120 --no-plan --json some.json
     python benchmarks/bench_train.py --cases 8x512 --json some.json
-    python benchmarks/bench_train.py --cases 16x512/owlore/32-blocks/freeze 16x512/peft --compile
+    python benchmarks/bench_train.py --compile --json benchmarks/results/h100/train_compiled.json
     python benchmarks/bench_train.py --plans some.json
     python benchmarks/bench_train.py --small --device cpu
 
@@ -16,7 +16,9 @@ peak_gib is torch.cuda.max_memory_allocated() from the fourth step on, over norm
 owlore, two that refresh every active basis; planned_gib is what `owlore plan` says of the same
 case. step_ms is the median of normal steps, optimizer_ms the part of it after backward, refresh_ms
 what a refresh step takes beyond that. tokens_per_s belongs to the normal step; where refresh_every
-is set, every so many steps one refresh step is counted in.
+is set, every so many steps one refresh step is counted in. Steps of one sequence wait for the host,
+whose speed changes by the minute: what is compared there is measured again, after all else, in up
+to three rounds (round_ms), and medians are those of all steps.
 
 Providers: owlore (backward computes low-rank gradients), owlore-dense (the same step from whole
 gradients), lisa (2 blocks, dense), galore-torch (its bases given: SVDs are not timed; svd_ms is one
@@ -25,9 +27,12 @@ fine-tuning), peft-lora (all linear layers but the head, bfloat16 adapters, Adam
 embed-head-only (blocks frozen: the floor of what trains embedding and head). Weights are bfloat16
 everywhere, and so are the states of AdamW. Blocks are drawn uniformly; where embedding and head are
 frozen they are spread evenly over the model, the first among them, so that backward has no short
-way (chosen says which). Rows named from-4 have the lowest of five blocks where a uniform draw has
-it on average, (32 + 1) / 6 - 1 = 4.5, rounded down. LoRA trains no norms; rows named norms-freeze
-train none either.
+way: the worst draw (chosen says which). Rows named draws-8 measure what is drawn instead: eight
+uniform draws of three steps each, a draw every 50 steps counted in. A step's time is linear in the
+lowest of its blocks, below which nothing has a backward. Of five of 32 blocks that is block
+(32 + 1) / 6 - 1 = 4.5 on average, and the seed is the first whose eight draws have that average
+(lowest), so that their mean is that of all draws. Rows named through have none below either, but
+backward all the same. LoRA trains no norms; rows named norms-freeze train none either.
 
 Rows of 8x512 tokens are one table for each model: all methods, with the time of each method's SVDs
 or refreshes at its own interval (200 steps, or the draws' 50).
@@ -41,6 +46,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -59,12 +65,15 @@ import common
 import torch
 from torch import Tensor, nn
 
-from owlore import OwLore, OwLoreConfig, planner
+from owlore import OwLore, OwLoreConfig, planner, sampling
 
 GAP = 200  # steps between galore-torch's SVDs
 LORA_RANK = 16
 OWLORE = ("owlore", "owlore-dense", "lisa")
 NEVER = 10**9
+DRAWS = 8  # of a row that measures blocks as they are drawn, of so many steps each
+DRAW_STEPS = 3
+ROUNDS = 3  # of what is compared where the host is the limit
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,9 @@ class Case:
     chosen: tuple[int, ...] | None = None
     through: bool = False
     norms: str = "full"
+    # Draws to take the mean of, where blocks are neither chosen nor spread.
+    draws: int = 0
+    rounds: int = 1
 
     @property
     def name(self) -> str:
@@ -96,6 +108,7 @@ class Case:
             *(["through"] if self.through else []),
             *([f"every-{self.refresh_every}"] if self.refresh_every else []),
             *(["norms-freeze"] if self.norms == "freeze" else []),
+            *([f"draws-{self.draws}"] if self.draws else []),
         ]  # fmt: skip
         return "/".join(parts)
 
@@ -103,7 +116,6 @@ class Case:
 def cases() -> list[Case]:
     """All rows, within each model those first that are missed most if --budget ends a run."""
     small = Case("llama2-7b", "1x2048", "owlore", 5, moments="fp32")
-    large = replace(small, tokens="16x512")
     lora = replace(small, provider="peft-lora", blocks=32, rank=LORA_RANK, embeddings="freeze",
                    moments="bf16")  # fmt: skip
     memory = [
@@ -119,20 +131,24 @@ def cases() -> list[Case]:
     galore = replace(small, provider="galore-torch", blocks=32, moments="bf16")
     lisa = replace(small, provider="lisa", blocks=2, rank=0, moments="bf16")
     top = replace(small, blocks=4, moments="bf16", embeddings="freeze", chosen=(28, 29, 30, 31))
-    long = [replace(case, tokens="16x512") for case in (*memory[4:], lora)]
-    average = replace(long[1], chosen=(4, 10, 15, 21, 26))
-    no_norms = replace(long[0], norms="freeze")
+    drawn = replace(memory[5], refresh_every=50, draws=DRAWS)
+    beside_lora = [
+        replace(case, checkpointing=on)
+        for on in (True, False)
+        for case in (memory[4], lora, drawn, memory[5], replace(memory[4], norms="freeze"))
+    ]
+    floors = [
+        replace(memory[3], tokens="16x512"), replace(full, tokens="16x512"),
+        replace(floor, tokens="16x512"), replace(small, tokens="16x512", refresh_every=50),
+    ]  # fmt: skip
     found = [
-        *memory, galore, lora, top, replace(top, through=True), floor,
-        replace(large, blocks=32, moments="bf16"),
-        *(replace(case, tokens="16x512") for case in (full, floor)),
-        replace(large, refresh_every=50),
-        *long,
-        *(replace(case, checkpointing=False) for case in (*memory[4:], lora, *long)),
-        average, replace(average, checkpointing=False), replace(galore, tokens="16x512"),
-        lisa, replace(small, provider="owlore-dense"), full,
+        *(replace(case, tokens="16x512") for case in beside_lora), *floors,
+        *(replace(case, rounds=ROUNDS) for case in (*memory[2:4], galore)), *memory[:2],
+        # At one sequence LoRA's row stands between ours.
+        *(replace(case, rounds=ROUNDS) for case in beside_lora if case.norms == "full"),
+        top, replace(top, through=True), floor, replace(galore, tokens="16x512"), full, lisa,
+        replace(small, provider="owlore-dense"),
         *(replace(case, side="reverse") for case in memory),
-        no_norms, replace(no_norms, checkpointing=False),
     ]  # fmt: skip
     table = [
         replace(memory[3], refresh_every=200), replace(memory[0], refresh_every=50), lora, galore,
@@ -150,6 +166,21 @@ def cases() -> list[Case]:
             for case in (*others, *table)
         ]
     return found
+
+
+def compiled_cases() -> list[Case]:
+    """What --compile runs unless --cases selects: our rows and LoRA's, embedding and head frozen.
+
+    The drawn rows come last, with the most graphs.
+    """
+    found = [
+        replace(case, rounds=1)
+        for case in cases()
+        if case.model == "llama2-7b" and case.tokens != "8x512" and case.side == "std"
+        and case.embeddings == case.norms.replace("full", "freeze") == "freeze"
+        and case.chosen is None and (case.blocks == 32 or case.draws)
+    ]  # fmt: skip
+    return sorted(found, key=lambda case: case.draws)
 
 
 def shrunk(case: Case, blocks: int, of: int) -> Case:
@@ -190,7 +221,7 @@ def owlore_config(case: Case, period: int, count: int) -> tuple[OwLoreConfig, tu
     chosen = case.chosen or ()
     if case.blocks == count:
         chosen = tuple(range(count))
-    elif not chosen and case.embeddings == "freeze":
+    elif not chosen and case.embeddings == "freeze" and not case.draws:
         chosen = tuple(i * count // case.blocks for i in range(case.blocks))
     config = OwLoreConfig(
         lr=1e-4, blocks=case.blocks, rank=case.rank or None, distribution="uniform",
@@ -199,7 +230,29 @@ def owlore_config(case: Case, period: int, count: int) -> tuple[OwLoreConfig, tu
         gradient="dense" if case.provider == "owlore-dense" else "projected",
         interval=NEVER if chosen else period, refresh_interval=period if chosen else NEVER,
     )  # fmt: skip
+    if case.draws:
+        config = config.replace(seed=even_seed(config, case.draws, count))
     return config, chosen
+
+
+def drawn_blocks(config: OwLoreConfig, draws: int, count: int) -> list[tuple[int, ...]]:
+    """The blocks of so many uniform draws; the first draw of the run warms up and is no part."""
+    p = sampling.probabilities("uniform", count, None, None, config.floor)
+    gamma = int(config.blocks)
+    return [
+        sampling.draw(p, gamma, config.seed, i, config.draw) for i in range(1, draws + 1)
+    ]  # fmt: skip
+
+
+def even_seed(config: OwLoreConfig, draws: int, count: int) -> int:
+    """The first seed whose draws' lowest blocks have the mean that all draws' have."""
+    wanted = (count + 1) / (int(config.blocks) + 1) - 1
+
+    def distance(seed: int) -> float:
+        found = drawn_blocks(config.replace(seed=seed), draws, count)
+        return abs(statistics.fmean(map(min, found)) - wanted)
+
+    return min(range(200), key=distance)
 
 
 def galore_adamw(undo: list[Callable[[], Any]]) -> type[torch.optim.Optimizer]:
@@ -251,6 +304,10 @@ class Provider:
         count = len(model.model.layers)
         if case.provider in OWLORE:
             config, chosen = owlore_config(case, period, count)
+            if case.draws:
+                found = drawn_blocks(config, case.draws, count)
+                self.extra["draws"] = [list(active) for active in found]
+                self.extra["lowest"] = statistics.fmean(map(min, found))
             if chosen and len(chosen) < count:
                 weights = [float(i in chosen) for i in range(count)]
                 config = config.replace(distribution=lambda _: weights)
@@ -344,13 +401,33 @@ def checkpoint_blocks(model: nn.Module, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures a case on a model of so many bytes; the row without its plan."""
+@dataclass
+class Round:
+    """What one round of a case measured.
+
+    Attributes:
+        steps: Milliseconds of normal steps; of a drawn case those of each draw. [draws or 1][steps]
+        ends: Milliseconds of the optimizer's step in each of them.
+        refreshes: Milliseconds that a refresh, or a draw, takes beyond a normal step.
+        peak_gib: Peak memory, or None on a CPU.
+        extra: Fields that only some rows have.
+    """
+
+    steps: list[list[float]]
+    ends: list[float]
+    refreshes: list[float]
+    peak_gib: float | None
+    extra: dict[str, Any]
+
+
+def measure(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> Round:
+    """Measures a case on a model of so many bytes."""
     cuda = args.device == "cuda"
     rows, length = size(case, args.small)
-    # Refreshes fall on steps 0, period and 2 period.
-    period = 6 if rows == 1 else 4
-    warm, steps = 3, 2 * period + 1
+    # Refreshes fall on steps 0, period and 2 period, draws on every multiple of it.
+    period = DRAW_STEPS if case.draws else 6 if rows == 1 and case.rounds == 1 else 4
+    warm = 3
+    steps = (case.draws + 1) * period if case.draws else 2 * period + 1
     checkpoint_blocks(model, case.checkpointing)
     if args.compile:
         for block in model.model.layers:
@@ -396,12 +473,20 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
     ends = [clock.between(marks[i][1], marks[i + 1][0]) for i in range(steps)]
     # Only ours refresh; the step after a refresh pays for what the refresh left undone.
     refreshing = [i for i in range(warm, steps) if i % period == 0 and case.provider in OWLORE]
-    normal = [i for i in range(warm, steps) if i not in refreshing]
-    step_ms = statistics.median(times[i] for i in normal)
-    refresh_ms = None
-    if refreshing and case.provider != "lisa":
-        refresh_ms = statistics.median(times[i] for i in refreshing) - step_ms
-    paid = step_ms + (refresh_ms or 0.0) / case.refresh_every if case.refresh_every else step_ms
+    if case.draws:
+        # A draw's last step is its normal one, and what the others take more is the draw's.
+        normal = [i for i in range(warm, steps) if i % period == period - 1]
+        found = [[times[i]] for i in normal]
+        refreshes = [
+            sum(times[i : i + period]) - period * times[i + period - 1] for i in refreshing
+        ]
+        drawn = [list(active) for index, active in provider.optimizer.draws() if index]
+        assert drawn == provider.extra["draws"], drawn
+    else:
+        normal = [i for i in range(warm, steps) if i not in refreshing]
+        found = [[times[i] for i in normal]]
+        middle_ms = statistics.median(found[0])
+        refreshes = [times[i] - middle_ms for i in refreshing if case.provider != "lisa"]
     extra = provider.extra
     if case.norms == "freeze":
         extra["norms"] = "freeze"
@@ -418,15 +503,39 @@ def run(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -> di
         after = torch.cuda.memory_allocated()
         if after - bare > 2**24:
             raise RuntimeError(f"{case.name} left {(after - bare) / 2**20:.0f} MiB behind")
+    return Round(found, [ends[i] for i in normal], refreshes, peak, extra)
+
+
+def made_row(case: Case, rounds: Sequence[Round], args: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case from the rounds that were measured, without its plan."""
+    rows, length = size(case, args.small)
+
+    def step_ms(of: Sequence[Round]) -> list[float]:
+        draws = zip(*(each.steps for each in of), strict=True)
+        return [statistics.median(itertools.chain(*steps)) for steps in draws]
+
+    step = statistics.fmean(step_ms(rounds))
+    taken = [ms for each in rounds for ms in each.refreshes]
+    refresh = None
+    if taken:
+        refresh = statistics.fmean(taken) if case.draws else statistics.median(taken)
+    paid = step + (refresh or 0.0) / case.refresh_every if case.refresh_every else step
+    extra = dict(rounds[-1].extra)
+    if case.draws:
+        extra["draw_ms"] = step_ms(rounds)
+    if len(rounds) > 1:
+        extra["round_ms"] = [statistics.fmean(step_ms([each])) for each in rounds]
     return {
         "bench": "train", "model": case.model, "tokens": case.tokens, "provider": case.provider,
         "blocks": case.blocks, "rank": case.rank, "embeddings": case.embeddings,
-        "moments": case.moments, "checkpointing": case.checkpointing, "peak_gib": peak,
-        "planned_gib": None, "tokens_per_s": rows * length / paid * 1e3, "step_ms": step_ms,
-        "optimizer_ms": statistics.median(ends[i] for i in normal), "refresh_ms": refresh_ms,
-        "side": case.side if case.provider in OWLORE[:2] else None, "compile": args.compile,
-        "refresh_every": case.refresh_every, "backward_through": case.through,
-        "steps": len(normal), **extra,
+        "moments": case.moments, "checkpointing": case.checkpointing,
+        "peak_gib": None if rounds[0].peak_gib is None else max(r.peak_gib for r in rounds),
+        "planned_gib": None, "tokens_per_s": rows * length / paid * 1e3, "step_ms": step,
+        "optimizer_ms": statistics.median(ms for each in rounds for ms in each.ends),
+        "refresh_ms": refresh, "side": case.side if case.provider in OWLORE[:2] else None,
+        "compile": args.compile, "refresh_every": case.refresh_every,
+        "backward_through": case.through,
+        "steps": sum(len(steps) for each in rounds for steps in each.steps), **extra,
     }  # fmt: skip
 
 
@@ -452,25 +561,37 @@ def svd_ms(model: nn.Module, device: str) -> dict[tuple[int, int], float]:
     return found
 
 
+def add_svds(row: dict[str, Any], model: nn.Module, svds: dict[tuple[int, int], float]) -> None:
+    """What galore-torch's SVDs take, shared out over its gap, and its tokens per second with it."""
+    row["svd_ms"] = sum(svds[tuple(W.shape)] for W in block_weights(model)) / GAP
+    tokens = row["step_ms"] * row["tokens_per_s"] / 1e3
+    row["tokens_per_s_with_svd"] = tokens / (row["step_ms"] + row["svd_ms"]) * 1e3
+
+
 def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def planned_gib(row: dict[str, Any], small: bool) -> float:
-    """The planner's peak for the case of a row."""
-    chosen = row.get("chosen")
+    """The planner's peak for the case of a row; of a drawn one over the draws that reach lowest."""
+    chosen, draws = row.get("chosen"), row.get("draws", [])
     case = Case(
         row["model"], row["tokens"], row["provider"], row["blocks"], row["rank"],
         row["embeddings"], row["moments"], row["checkpointing"], row["side"] or "std",
         chosen=None if chosen is None else tuple(chosen), norms=row.get("norms", "full"),
+        draws=len(draws),
     )  # fmt: skip
     config = model_config(case.model, small)
     options, active = owlore_config(case, 6, config.num_hidden_layers)
-    made = planner.plan(
-        config, options, *size(case, small), checkpointing=case.checkpointing,
-        active=active or None, input_grads=row["backward_through"],
+    # Each block with a backward holds its input at least.
+    lowest = [blocks for blocks in draws if min(blocks) == min(map(min, draws))]
+    return max(
+        planner.plan(
+            config, options, *size(case, small), checkpointing=case.checkpointing,
+            active=blocks, input_grads=row["backward_through"],
+        ).peak / 2**30
+        for blocks in (lowest or [active or None])
     )  # fmt: skip
-    return made.peak / 2**30
 
 
 def add_plans(rows: Sequence[dict[str, Any]], small: bool = False) -> None:
@@ -516,7 +637,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
         what = (row["model"], row["tokens"], row["blocks"], row["embeddings"], row["moments"],
                 row["side"], "checkpointed" if row["checkpointing"] else "stored",
                 *([f"from {row['chosen'][0]}"] if row.get("chosen") else []),
-                *(["norms frozen"] if row.get("norms") == "freeze" else []))  # fmt: skip
+                *([f"drawn, from {row['lowest']:g} on average"] if row.get("draws") else []),
+                *(["norms frozen, as LoRA's"] if row.get("norms") == "freeze" else []),
+                *([f"compiled, {row['graphs']} graphs"] if row["compile"] else []))  # fmt: skip
         if row["planned_gib"] and row["peak_gib"]:
             texts.append(f"plan {row['planned_gib'] / row['peak_gib']:.3f}x measured")
         print(" ".join(map(str, what)) + ": " + "; ".join(texts), flush=True)
@@ -533,6 +656,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--compile", action="store_true", help="compile every decoder block")
     parser.add_argument("--budget", type=float, default=NEVER, help="seconds; then no new case")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="rounds of what is compared at one sequence"
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--no-plan", action="store_true", help="leave planned_gib out")
     parser.add_argument("--plans", metavar="FILE", help="fill planned_gib into results and stop")
@@ -541,7 +667,7 @@ def main() -> None:
     began = time.perf_counter()
     chosen = [
         case
-        for case in cases()
+        for case in (compiled_cases() if args.compile and not args.cases else cases())
         if args.cases is None or any(text in f"{case.name}$" for text in args.cases)
     ]
     if args.list:
@@ -556,44 +682,52 @@ def main() -> None:
     rows = [common.machine(args.device)]
     rows[0]["copy_TB_s"] = common.copy_bandwidth(args.device) / 1e12
     common.show(rows[0])
-    model, built, bare, svds = None, "", 0, None
-    for case in chosen:
-        if time.perf_counter() - began > args.budget:
-            print(f"out of time before {case.name}", flush=True)
-            continue
-        config = model_config(case.model, args.small)
-        if case.model != built:
-            model = svds = None
-            gc.collect()
-            if args.device == "cuda":
-                forget_scratch()
-            model, built = build(config, args.device), case.model
-            bare = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-        count = config.num_hidden_layers
-        if args.small:
-            case = shrunk(case, count, planner.SHAPES[case.model][1]["num_hidden_layers"])
-        try:
-            row = run(case, model, bare, args)
-        except ImportError as error:
-            print(f"{case.name}: {error}", flush=True)
-            continue
-        except torch.OutOfMemoryError:
-            # What the case left on the model is gone with it.
-            print(f"{case.name}: out of memory", flush=True)
-            model = svds = None
-            built = ""
-            continue
-        if case.provider == "galore-torch":
-            svds = svds or svd_ms(model, args.device)
-            total = sum(svds[tuple(W.shape)] for W in block_weights(model))
-            row["svd_ms"] = total / GAP
-            tokens = row["step_ms"] * row["tokens_per_s"] / 1e3
-            row["tokens_per_s_with_svd"] = tokens / (row["step_ms"] + row["svd_ms"]) * 1e3
-        rows.append(row)
-        common.show(row)
-        # Each time, so that a run that is cut short leaves its rows.
-        with contextlib.redirect_stdout(io.StringIO()):
-            common.write_rows(args.json, rows)
+    model, built, bare, svds = None, "", 0, {}
+    measured: dict[Case, list[Round]] = {}
+    found: dict[Case, dict[str, Any]] = {}
+    # A model at a time; within it all first rounds before any second one.
+    models = list(dict.fromkeys(case.model for case in chosen))
+    for name, of in itertools.product(models, range(args.rounds)):
+        for case in chosen:
+            # A case that failed is not measured again.
+            if case.model != name or case.rounds <= of or len(measured.get(case, [])) < of:
+                continue
+            if time.perf_counter() - began > args.budget:
+                print(f"out of time before round {of + 1} of {case.name}", flush=True)
+                continue
+            config = model_config(case.model, args.small)
+            if case.model != built:
+                model = None
+                gc.collect()
+                if args.device == "cuda":
+                    forget_scratch()
+                model, built = build(config, args.device), case.model
+                bare = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+            run = case
+            if args.small:
+                of_blocks = planner.SHAPES[case.model][1]["num_hidden_layers"]
+                run = shrunk(case, config.num_hidden_layers, of_blocks)
+            try:
+                measured.setdefault(case, []).append(measure(run, model, bare, args))
+            except ImportError as error:
+                print(f"{case.name}: {error}", flush=True)
+                continue
+            except torch.OutOfMemoryError:
+                # What the case left on the model is gone with it.
+                print(f"{case.name}: out of memory", flush=True)
+                model, built = None, ""
+                continue
+            row = made_row(run, measured[case], args)
+            if case.provider == "galore-torch":
+                if case.model not in svds:
+                    svds[case.model] = svd_ms(model, args.device)
+                add_svds(row, model, svds[case.model])
+            common.show(row)
+            found[case] = row
+            # Each time, so that a run that is cut short leaves its rows.
+            with contextlib.redirect_stdout(io.StringIO()):
+                common.write_rows(args.json, [*rows, *found.values()])
+    rows += found.values()
     if not args.no_plan:
         add_plans(rows, args.small)
         common.write_rows(args.json, rows)

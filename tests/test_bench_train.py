@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -100,15 +101,15 @@ def test_a_table_runs_at_once_and_is_planned(
     out = tmp_path / "train.json"
     words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases"]
     monkeypatch.setattr(sys, "argv", ["bench_train.py", *words, "qwen3-4b/8x512"])
-    run, failed = bench.run, []
+    measure, failed = bench.measure, []
 
-    def once_out_of_memory(case: Any, *args: Any) -> dict[str, Any]:
+    def once_out_of_memory(case: Any, *args: Any) -> Any:
         if not failed:
             failed.append(case.name)
             raise bench.torch.OutOfMemoryError("no room")
-        return run(case, *args)
+        return measure(case, *args)
 
-    monkeypatch.setattr(bench, "run", once_out_of_memory)
+    monkeypatch.setattr(bench, "measure", once_out_of_memory)
     undo: list[Any] = []
     bench.galore_adamw(undo)
     undo.pop()()
@@ -126,6 +127,62 @@ def test_a_table_runs_at_once_and_is_planned(
         tokens = row["step_ms"] + row["refresh_ms"] / row["refresh_every"]
         assert row["tokens_per_s"] == pytest.approx(2 * 32 / tokens * 1e3)
         assert 0 < bench.planned_gib(row, small=True) < 0.1
+
+
+@pytest.mark.parametrize("count", [32, 36])
+def test_drawn_rows_reach_as_low_as_all_draws_do(bench: Any, count: int) -> None:
+    case = next(case for case in bench.cases() if case.draws)
+    config, chosen = bench.owlore_config(case, bench.DRAW_STEPS, count)
+    assert not chosen
+    lowest = [min(drawn) for drawn in bench.drawn_blocks(config, case.draws, count)]
+    # The mean of the least of five of so many, over all draws, one by one.
+    every = list(itertools.combinations(range(count), 5))
+    wanted = sum(drawn[0] for drawn in every) / len(every)
+    assert sum(lowest) / len(lowest) == pytest.approx(wanted, abs=0.1)
+    assert len(set(lowest)) > 3
+
+
+def test_a_drawn_row_is_the_mean_over_its_draws(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "train.json"
+    words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases"]
+    monkeypatch.setattr(
+        sys, "argv", ["bench_train.py", *words, "7b/1x2048/owlore/5-blocks/freeze/bf16/std/stored"]
+    )
+    measure, rounds = bench.measure, []
+
+    def counted(case: Any, *args: Any) -> Any:
+        rounds.append((case.name, measure(case, *args)))
+        return rounds[-1][1]
+
+    monkeypatch.setattr(bench, "measure", counted)
+    bench.main()
+    _, drawn, worst = json.loads(out.read_text())
+    # All rows have had a round before any has its second.
+    assert [name for name, _ in rounds[:2]] * bench.ROUNDS == [name for name, _ in rounds]
+    of = [each for name, each in rounds if "draws" in name]
+    assert worst["chosen"] == [0]
+    assert "draws" not in worst
+    assert len(drawn["draws"]) == len(drawn["draw_ms"]) == bench.DRAWS
+    for i, ms in enumerate(drawn["draw_ms"]):
+        assert ms == pytest.approx(sorted(each.steps[i][0] for each in of)[1])
+    assert drawn["step_ms"] == pytest.approx(sum(drawn["draw_ms"]) / bench.DRAWS)
+    every = drawn["step_ms"] + drawn["refresh_ms"] / 50
+    assert drawn["tokens_per_s"] == pytest.approx(32 / every * 1e3)
+    assert len(drawn["round_ms"]) == bench.ROUNDS
+    assert drawn["lowest"] == 1.5
+    # The draws that hold most train the first block too, as the worst draw does.
+    assert bench.planned_gib(drawn, small=True) == bench.planned_gib(worst, small=True)
+
+
+def test_compiled_rows_are_read_beside_lora(bench: Any) -> None:
+    found = bench.compiled_cases()
+    assert {case.provider for case in found} == {"owlore", "peft-lora"}
+    for case in found:
+        like = (case.tokens, case.checkpointing)
+        assert ("peft-lora", *like) in {(c.provider, c.tokens, c.checkpointing) for c in found}
+    assert {case.blocks for case in found if case.draws} == {5}
 
 
 def test_a_case_that_freezes_the_norms_trains_none(bench: Any) -> None:
