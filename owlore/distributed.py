@@ -131,6 +131,14 @@ class Spread:
         return self.wrap(part.contiguous(), tuple(value.shape), split)
 
 
+def spread_like(part: Tensor, other: Tensor) -> Tensor:
+    """A tensor of which this rank holds a part, spread as another of its shape and dtype is."""
+    from torch.distributed.tensor import DTensor
+
+    # `DTensor.from_local` finds the same in ten times as long.
+    return DTensor(part, other._spec, requires_grad=False)  # type: ignore[attr-defined]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered where it is spread."""
     gathered: Tensor = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

@@ -94,6 +94,7 @@ class Projection:
         recipe: Method, power iterations and oversampling of `projection.refresh_bases` (EXACT).
         average: Averages a gradient over ranks in place, or None on one rank (EXACT).
         found: Basis, captured energy and finiteness found in this step's backward (EXACT).
+        leaves: Stand-ins of parameters that are spread over ranks, by the parameters' names.
     """
 
     def __init__(self, side: str, rank: int) -> None:
@@ -105,6 +106,7 @@ class Projection:
         self.recipe: tuple[str, int, int] = ("subspace", 0, 0)
         self.average: Callable[[Tensor], None] | None = None
         self.found: tuple[Tensor, Tensor, Tensor] | None = None
+        self.leaves: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projection:
         # A copied model (an EMA, a reference model) has no optimizer to set its basis.
@@ -263,7 +265,6 @@ class _LinearFunction(torch.autograd.Function):
             ctx.save_for_backward(x, weight, P, seed)
         ctx.right, ctx.state = right, state
         ctx.shape, ctx.dtype = coordinates.shape, coordinates.dtype
-        ctx.as_gradient = _as_gradient(coordinates)
         ctx.x_shape = x.shape
         return y
 
@@ -297,22 +298,28 @@ class _LinearFunction(torch.autograd.Function):
                         P = sketch_matrix(seed, m, k, dY.dtype, dY.device)
                     P = P if P.dtype == dY.dtype else P.to(dY.dtype)
                     R = _mm((tokens @ P).mT, X, ctx.dtype)
-            R = ctx.as_gradient(R)
         return dX, None, dbias, R, None, None, None, None, None
 
 
-def _as_gradient(coordinates: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes a rank's R the gradient of its coordinates; ranks are averaged over later."""
-    if not distributed.is_dtensor(coordinates):
-        return _itself
-    from torch.distributed.tensor import DTensor
+def _stand_in(param: nn.Parameter) -> Tensor:
+    """A plain leaf in the place of a parameter that is spread over ranks, which takes its gradient.
 
-    mesh, placements = coordinates.device_mesh, coordinates.placements  # type: ignore[attr-defined]
-    return lambda R: DTensor.from_local(R, mesh, placements, run_check=False)
+    A gradient that is spread would be made and added up by torch's dispatch of such tensors, which
+    takes longer than the products that it comes from, and torch.compile does not save its mesh.
+    """
+    leaf = zeros(tuple(param.shape), param.dtype, distributed.local(param).device).requires_grad_()
 
+    def deliver(leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        if grad is None:
+            return
+        if param.grad is None:
+            param.grad = distributed.spread_like(grad, param)
+        else:
+            distributed.local(param.grad).add_(grad)
 
-def _itself(R: Tensor) -> Tensor:
-    return R
+    leaf.register_post_accumulate_grad_hook(deliver)
+    return leaf
 
 
 def _exact(state: Projection, dY: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
@@ -351,15 +358,13 @@ class _EmbeddingFunction(torch.autograd.Function):
         ctx.save_for_backward(ids, P, seed)
         ctx.right, ctx.padding_idx = right, padding_idx
         ctx.shape, ctx.dtype, ctx.rows = coordinates.shape, coordinates.dtype, weight.shape[0]
-        ctx.as_gradient = _as_gradient(coordinates)
         return F.embedding(ids, weight)
 
     @staticmethod
     @_backward
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient R = S^T (dY P) (right) or (S P)^T dY (left)."""
-        R = ctx.as_gradient(_EmbeddingFunction._gradient(ctx, dY))
-        return None, None, R, None, None, None, None
+        return None, None, _EmbeddingFunction._gradient(ctx, dY), None, None, None, None
 
     @staticmethod
     def _gradient(ctx: Any, dY: Tensor) -> Tensor:
@@ -393,21 +398,26 @@ class ProjectedLayer(nn.Module):
     def _computes_r(self) -> bool:
         return self._owlore.mode != OFF and torch.is_grad_enabled()
 
-    def _plan(self) -> tuple[nn.Parameter, Tensor | None, Tensor | None, bool, Projection | None]:
+    def _taker(self, name: str) -> Tensor:
+        """What takes a parameter's gradient in backward passes."""
+        leaf = self._owlore.leaves.get(name)
+        return cast(Tensor, self._parameters[name]) if leaf is None else leaf
+
+    def _plan(self) -> tuple[Tensor, Tensor | None, Tensor | None, bool, Projection | None]:
         """What this forward pass projects with.
 
         Returns:
-            The parameter that takes the result, P or the seed of a test matrix in its place,
+            The leaf that takes the result, P or the seed of a test matrix in its place,
             whether the product is the right side's, and the state (EXACT).
         """
         state = self._owlore
         right = state.side == "right"
         if state.mode == BASIS:
-            return self.owlore_coordinates, state.basis, None, right, None
+            return self._taker(COORDINATES), state.basis, None, right, None
         if state.mode == SKETCH:
             # A basis of G's column space is found in G Omega, which is the other side's product.
-            return self.owlore_sketch, None, state.seed, not right, None
-        return self.owlore_coordinates, None, None, False, state
+            return self._taker(blocks.SKETCH), None, state.seed, not right, None
+        return self._taker(COORDINATES), None, None, False, state
 
     @contextmanager
     def _hidden(self) -> Iterator[None]:
@@ -580,7 +590,9 @@ def install(
         value = zeros(size, dtype, device)
         if spread is not None:
             value = spread.wrap(value, size, None)
-        module._parameters[name] = nn.Parameter(value)
+        param = module._parameters[name] = nn.Parameter(value)
+        if spread is not None:
+            state.leaves[name] = _stand_in(param)
     module.__dict__[_STATE] = state
     return state
 
