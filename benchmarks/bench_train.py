@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py --json benchmarks/results/h100/train.json
     python benchmarks/bench_train.py --cases lora --budget 120 --no-plan --json some.json
-    python benchmarks/bench_train.py --cases 8x512 --json some.json
+    python benchmarks/bench_train.py --cases 8x512 --json benchmarks/results/h100/train_methods.json
     python benchmarks/bench_train.py --compile --json benchmarks/results/h100/train_compiled.json
     python benchmarks/bench_train.py --plans some.json
     python benchmarks/bench_train.py --small --device cpu
@@ -35,7 +35,7 @@ lowest of its blocks, below which nothing has a backward. Of five of 32 blocks t
 backward all the same. LoRA trains no norms; rows named norms-freeze train none either.
 
 Rows of 8x512 tokens are one table for each model: all methods, with the time of each method's SVDs
-or refreshes at its own interval (200 steps, or the draws' 50).
+or refreshes at its own interval (200 steps, or the draws' 50); drawn rows are of four draws there.
 """
 
 from __future__ import annotations
@@ -152,8 +152,7 @@ def cases() -> list[Case]:
     ]  # fmt: skip
     table = [
         replace(memory[3], refresh_every=200), replace(memory[0], refresh_every=50), lora, galore,
-        full, lisa, floor, replace(memory[4], refresh_every=200),
-        replace(memory[5], refresh_every=50),
+        full, lisa, floor, replace(memory[4], refresh_every=200), replace(drawn, draws=4),
     ]  # fmt: skip
     table = [replace(case, tokens="8x512") for case in table]
     found += table
@@ -427,7 +426,9 @@ def measure(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -
     # Refreshes fall on steps 0, period and 2 period, draws on every multiple of it.
     period = DRAW_STEPS if case.draws else 6 if rows == 1 and case.rounds == 1 else 4
     warm = 3
-    steps = (case.draws + 1) * period if case.draws else 2 * period + 1
+    steps = 2 * period + 1 if case.provider in OWLORE or rows == 1 else warm + 4
+    if case.draws:
+        steps = (case.draws + 1) * period
     checkpoint_blocks(model, case.checkpointing)
     if args.compile:
         for block in model.model.layers:

@@ -92,6 +92,25 @@ def training_rows() -> list[Row]:
     ]
 
 
+def trained_blocks(row: Row) -> str:
+    """Which blocks of a training row train."""
+    trains = f"{row['blocks']} blocks" if row["blocks"] else "none"
+    chosen = row.get("chosen")
+    if row.get("draws"):
+        trains += f" as drawn (the lowest is block {row['lowest']:g} on average)"
+    elif chosen and chosen[-1] - chosen[0] == len(chosen) - 1:
+        trains = f"top {trains}"
+    elif chosen and chosen[0] > 0:
+        trains += f", the lowest of them block {chosen[0]}"
+    elif chosen:
+        trains += ", the worst draw (block 0 is one)"
+    if row.get("norms") == "freeze":
+        trains += ", norms frozen"
+    if row["backward_through"]:
+        trains += ", backward through all"
+    return trains
+
+
 def training_table() -> str:
     """Whole training steps of LLaMA-2-7B: peak memory and tokens per second."""
     rows = training_rows()
@@ -103,15 +122,7 @@ def training_table() -> str:
     )  # fmt: skip
     cells = []
     for row in rows:
-        trains = f"{row['blocks']} blocks" if row["blocks"] else "none"
-        chosen = row.get("chosen")
-        if chosen and chosen[0] > 0:
-            top = chosen[-1] - chosen[0] == len(chosen) - 1
-            trains = f"top {trains}" if top else f"{trains}, the lowest of them block {chosen[0]}"
-        if row.get("norms") == "freeze":
-            trains += ", norms frozen"
-        if row["backward_through"]:
-            trains += ", backward through all"
+        trains = trained_blocks(row)
         planned, refresh = row["planned_gib"], row["refresh_ms"]
         rate = f"{row['tokens_per_s']:,.0f}"
         if row.get("tokens_per_s_with_svd"):
@@ -141,6 +152,83 @@ def training_table() -> str:
     return markdown(head, cells)
 
 
+def lora_table() -> str:
+    """Ours with embedding and head frozen beside LoRA, nothing compiled and blocks compiled."""
+    rows = [row for row in training_rows() if row["embeddings"] == "freeze"]
+    compiled = []
+    if (RESULTS / "h100" / "train_compiled.json").is_file():
+        compiled = load("train_compiled")
+
+    def key(row: Row, provider: str) -> tuple[object, ...]:
+        return row["tokens"], row["checkpointing"], provider
+
+    def what(row: Row) -> tuple[object, ...]:
+        return *key(row, "owlore"), trained_blocks(row)
+
+    lora = {key(row, row["provider"]): row for row in rows if row["provider"] == "peft-lora"}
+    fast_lora = {key(row, row["provider"]): row for row in compiled}
+    fast = {what(row): row for row in compiled if row["provider"] == "owlore"}
+    cells = []
+    for row in rows:
+        other = lora.get(key(row, "peft-lora"))
+        if row["provider"] != "owlore" or row["backward_through"] or other is None:
+            continue
+        if row["blocks"] not in (5, LAYERS):
+            continue
+        cell = [
+            row["tokens"].replace("x", " x "),
+            "yes" if row["checkpointing"] else "no",
+            trained_blocks(row),
+            f"{row['peak_gib'] / other['peak_gib']:.2f}",
+            f"{row['tokens_per_s']:,.0f} / {other['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}",
+        ]
+        own, other = fast.get(what(row)), fast_lora.get(key(row, "peft-lora"))
+        cell += ["", ""]
+        if own and other:
+            cell[-2:] = [
+                f"{own['tokens_per_s']:,.0f} / {other['tokens_per_s']:,.0f}",
+                f"{own['tokens_per_s'] / other['tokens_per_s']:.2f}",
+            ]
+        cells.append(cell)
+    cells.sort(key=lambda cell: (cell[0], cell[1] == "no", -int(cell[2].split()[0]), cell[2]))
+    head = ["tokens", "checkpointing", "blocks that train", "of LoRA's peak",
+            "tokens/s, owlore / LoRA", "times LoRA", "blocks compiled: owlore / LoRA",
+            "times LoRA"]  # fmt: skip
+    return markdown(head, cells)
+
+
+def methods_table() -> str:
+    """All methods on three models, 8 x 512 tokens; empty as long as there are no results."""
+    if not (RESULTS / "h100" / "train_methods.json").is_file():
+        return ""
+    rows = [row for row in load("train_methods") if row["tokens"] == "8x512"]
+    models = {"llama2-7b": "LLaMA-2-7B", "llama3-8b": "LLaMA-3-8B", "qwen3-4b": "Qwen3-4B"}
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        name = TRAINERS[row["provider"]]
+        if row["provider"] == "owlore":
+            drawn, few = " as drawn" if row.get("draws") else "", row["refresh_every"] == 50
+            name += f", {row['blocks'] if few else 'all'} blocks{drawn}, a "
+            name += f"{'draw' if few else 'refresh'} every {row['refresh_every']} steps"
+        found.setdefault((name, row["embeddings"], row["moments"]), {})[row["model"]] = row
+    cells = []
+    for (name, embeddings, moments), by_model in found.items():
+        cell = [name, embeddings, moments]
+        for model in models:
+            row = by_model.get(model)
+            if row is None:
+                cell += ["", ""]
+                continue
+            rate = row.get("tokens_per_s_with_svd") or row["tokens_per_s"]
+            cell += [f"{row['peak_gib']:.2f}", f"{rate:,.0f}"]
+        cells.append(cell)
+    head = ["method", "embedding and head", "moments"]
+    for name in models.values():
+        head += [f"{name}: peak GiB", "tokens/s"]
+    return markdown(head, cells)
+
+
 def training_chart(path: Path) -> None:
     """Tokens per second over peak memory, 16 sequences of 512 tokens, checkpointing."""
     from matplotlib.figure import Figure
@@ -157,7 +245,7 @@ def training_chart(path: Path) -> None:
         own = row["provider"].startswith("owlore")
         label = TRAINERS[row["provider"]]
         if own:
-            label += f", {row['blocks']} blocks, embedding and head {row['embeddings']}"
+            label += f", {trained_blocks(row)}, embedding and head {row['embeddings']}"
             label += f", {row['moments']} moments"
         ax.scatter(row["peak_gib"], row["tokens_per_s"], color=BLUE if own else GREY, zorder=3)
         row["label"] = label
@@ -311,7 +399,8 @@ def main() -> int:
     args = parser.parse_args()
     tables = {
         "README.md": {
-            "train": training_table(), "step": step_table(), "outliers": outlier_table(),
+            "train": training_table(), "lora": lora_table(), "methods": methods_table(),
+            "step": step_table(), "outliers": outlier_table(),
             "quality": markdown(*quality_figures.commonsense_table(quality_rows())),
             "gsm8k": markdown(*quality_figures.gsm8k_table(quality_rows())),
         },
