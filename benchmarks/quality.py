@@ -7,10 +7,13 @@
     python benchmarks/quality.py run distributions --data DATA --rows FILE
     python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
+    python benchmarks/quality.py run folds folds-test text-validation text \
+        gsm8k-embeddings-validation gsm8k-embeddings --data DATA --rows FILE
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h200x4/quality.json
     python benchmarks/quality.py summary [FILE ...]   # benchmarks/results/*/quality.json
+    python benchmarks/quality.py decide [FILE ...]    # how embedding and head are to be trained
 
 Tasks: commonsense trains ARC (easy and challenge), OpenBookQA and CommonsenseQA as one mix for one
 epoch and is judged by accuracy: the answer with the highest likelihood per character, as
@@ -20,7 +23,9 @@ dropped; `run` refuses to start if one is left. 600 (gsm8k: 500) training rows a
 split, from which learning rates and variants are chosen: all run with one seed, those within a
 point of their method's best with two more, and the mean decides (gsm8k: one seed, and a fourth rate
 where the highest is the best). `embeddings` gives rivals what
-OwLore's candidates do to embedding and head, each at a rate chosen in the same way.
+OwLore's candidates do to embedding and head, each at a rate chosen in the same way. The tables from
+`folds` on settle how embedding and head are trained, of all methods alike, on four tasks, two of
+them texts (loss per token): benchmarks/quality_embeddings.py says how.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
@@ -69,6 +74,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 import quality_data
+import quality_embeddings
 import quality_queue
 import quality_stats
 import quality_train
@@ -85,6 +91,8 @@ RATES = (1e-4, 3e-4, 1e-3)
 BATCH = 32
 # Rows of the validation split, tokens of a packed line (no row is longer), and lines of a batch.
 SPLITS = {"commonsense": (600, 160, 7), "gsm8k": (500, 1024, 8)}
+# Texts have rows of a line's length: tokens of a row, rows of a batch.
+TEXTS = {"wikitext2": (256, 6), "shakespeare": (256, 6)}
 # How a run is tried, until one way works: compiled blocks, CUDA graphs.
 WAYS = ((True, True), (False, True), (False, False))
 # Tables whose rates are chosen by another table, and their task.
@@ -96,10 +104,10 @@ NEEDS = {
 }
 TABLES = (
     "validation", "test", "embeddings-validation", "embeddings", "distributions", "controls",
-    "gsm8k-validation", "gsm8k", "refresh",
+    "gsm8k-validation", "gsm8k", "refresh", *quality_embeddings.TABLES,
 )  # fmt: skip
 # Tables that run one seed after another, so that a short one has all rows.
-SEEDWISE = ("controls", "distributions", "refresh")
+SEEDWISE = ("controls", "distributions", "refresh", "folds-test", "text", "gsm8k-embeddings")
 RESTART = 75
 
 # What each method is by default. OwLore methods: options that differ from OwLoreConfig's defaults.
@@ -264,6 +272,10 @@ def jobs(
         done: Rows of finished runs; the validation split's choose rates and variants.
         failed: Keys of runs that will have no row.
     """
+    if table in quality_embeddings.TABLES:
+        for key, chosen in quality_embeddings.jobs(table, done, failed):
+            yield Job(*key, chosen)
+        return
     task = "gsm8k" if table.startswith("gsm8k") or table == "refresh" else "commonsense"
     if table == "embeddings-validation":
         for method, variant in EMBEDDINGS:
@@ -387,12 +399,14 @@ def kind(job: Job) -> tuple[Any, ...]:
     """What runs share that use the same compiled blocks."""
     options = {**METHODS[job.method], **parse_variant(job.variant)}
     weights = options.get("weights")
+    # Texts have one shape.
+    shape = "text" if job.task in TEXTS else job.task
     if job.method in ("lora", "dora"):
-        return (job.task, job.method, weights)
+        return (shape, job.method, weights)
     if options.get("rank") is None or options.get("gradient") == "dense":
-        return (job.task, "dense", weights)
+        return (shape, "dense", weights)
     names = ("rank", "side", "refresh", "sketch_columns")
-    return (job.task, "projected", weights, *(options.get(name) for name in names))
+    return (shape, "projected", weights, *(options.get(name) for name in names))
 
 
 def in_pieces(job: Job) -> bool:
@@ -403,7 +417,7 @@ def in_pieces(job: Job) -> bool:
 
 
 class Data(NamedTuple):
-    """A task's rows for training and for one evaluation."""
+    """A task's rows for training and for one evaluation; a text has no questions."""
 
     train: list[Tokens]
     evaluation: list[Tokens]
@@ -420,26 +434,43 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(0.95 / args.processes)
         loaded = models.load(args.model)
         self.model, self.tokenizer, self.source = loaded.model, loaded.tokenizer, loaded.source
-        self._data: dict[tuple[str, str], Data] = {}
+        self._data: dict[tuple[str, str, int], Data] = {}
         self._scores: Any = None
         # Modules that live as long as the process need not be searched for garbage again.
         gc.collect()
         gc.freeze()
 
-    def data(self, task: str, split: str) -> Data:
+    def data(self, task: str, split: str, seed: int = 0) -> Data:
         """Training rows and those of the split, tokenised; checked against contamination."""
-        if (task, split) not in self._data:
-            train, held_out, dropped = questions_of(self.args.data, task, split)
-            _, longest, _ = SPLITS[task]
-            rows = quality_data.training_sequences(train, self.tokenizer, longest)
-            held_out = held_out[:: max(1, len(held_out) // self.args.eval_rows)] \
-                if self.args.eval_rows else held_out  # fmt: skip
-            if task == "gsm8k":
-                evaluation = quality_data.training_sequences(held_out, self.tokenizer, longest)
-            else:
-                evaluation = quality_data.answer_sequences(held_out, self.tokenizer)
-            self._data[task, split] = Data(rows, evaluation, held_out, dropped)
-        return self._data[task, split]
+        number = seed if split == "fold" else 0
+        if (task, split, number) not in self._data:
+            read = self._text if task in TEXTS else self._questions
+            self._data[task, split, number] = read(task, split, number)
+        return self._data[task, split, number]
+
+    def _text(self, task: str, split: str, number: int) -> Data:
+        length, _ = TEXTS[task]
+        train, held_out = (
+            quality_data.text_sequences(text, self.tokenizer, length)
+            for text in parts_of(self.args.data, task, split)
+        )
+        return Data(train, self._some(held_out), [], {})
+
+    def _questions(self, task: str, split: str, number: int) -> Data:
+        train, held_out, dropped = questions_of(self.args.data, task, split, number)
+        _, longest, _ = SPLITS[task]
+        rows = quality_data.training_sequences(train, self.tokenizer, longest)
+        held_out = self._some(held_out)
+        if task == "gsm8k":
+            evaluation = quality_data.training_sequences(held_out, self.tokenizer, longest)
+        else:
+            evaluation = quality_data.answer_sequences(held_out, self.tokenizer)
+        return Data(rows, evaluation, held_out, dropped)
+
+    def _some(self, rows: list[Any]) -> list[Any]:
+        """As many rows as --eval-rows says, all without it."""
+        wanted = self.args.eval_rows
+        return rows[:: max(1, len(rows) // wanted)] if wanted else rows
 
     def scores(self, threshold: Any) -> list[float]:
         """Outlier scores of the model's blocks, from C4."""
@@ -474,12 +505,17 @@ class Bench:
             options["dense_lr"] = job.lr / float(share)
         weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
         options.pop("compile", None)
-        data = self.data(job.task, job.split)
-        _, length, lines = SPLITS[job.task]
+        data = self.data(job.task, job.split, job.seed)
+        if job.task in TEXTS:
+            length, size = TEXTS[job.task]
+            lines = size
+        else:
+            _, length, lines = SPLITS[job.task]
+            size = BATCH
         batches = [
             quality_train.Batch(*(tensor.to(device) for tensor in batch.tensors()))
             for batch in quality_train.make_batches(
-                data.train, BATCH, length, job.seed, steps, lines
+                data.train, size, length, job.seed, steps, lines
             )
         ]
         # A compiled model is a cycle: the last run's would count in this one's peak.
@@ -510,7 +546,7 @@ class Bench:
             "compiled": compiled, "model": Path(args.model).name,
             "eval_seconds": time.perf_counter() - began, "chosen": job.chosen,
             "train_rows": len(data.train), "dropped_rows": sum(data.dropped.values()),
-            "eval_rows": len(data.questions),
+            "eval_rows": len(data.questions or data.evaluation),
         }  # fmt: skip
 
     def run_somehow(self, job: Job, starts: int = 0) -> dict[str, Any]:
@@ -592,9 +628,9 @@ class Bench:
         return model, owlore, owlore.trained_parameters, 0
 
     def evaluate(self, task: str, model: nn.Module, data: Data) -> dict[str, Any]:
-        """Accuracy in percent for each commonsense task, or the loss of GSM8K."""
+        """Accuracy in percent for each commonsense task, or the loss."""
         sums, counts = quality_train.log_likelihoods(model, data.evaluation)
-        if task == "gsm8k":
+        if task != "commonsense":
             return {"loss": -sum(sums) / sum(counts), "per_task": {}}
         right = quality_stats.accuracy(
             sums,
@@ -638,9 +674,15 @@ def galore(model: nn.Module, lr: float, rank: int) -> torch.optim.Optimizer:
 
 
 def questions_of(
-    folder: Path, task: str, split: str
+    folder: Path, task: str, split: str, number: int = 0
 ) -> tuple[list[Question], list[Question], dict[str, int]]:
     """Training rows, the rows of a split, and how many training rows stood in a test file.
+
+    Args:
+        folder: Folder of data.
+        task: "commonsense" or "gsm8k".
+        split: "validation", "test" or "fold"; a fold holds none of the validation rows.
+        number: Number of the fold.
 
     Raises:
         SystemExit: A training row asks a question that is held out.
@@ -650,9 +692,24 @@ def questions_of(
     clean, dropped = quality_data.drop_contaminated(read(folder, "train"), test)
     train, validation = quality_data.split_validation(clean, SPLITS[task][0])
     held_out = validation if split == "validation" else test
-    if any(quality_data.drop_contaminated(train, [*test, *validation])[1].values()):
+    if split == "fold":
+        train, held_out = quality_data.fold(train, number)
+    if any(quality_data.drop_contaminated(train, [*test, *validation, *held_out])[1].values()):
         raise SystemExit(f"{task}: a training row asks a held-out question")
     return train, held_out, dropped
+
+
+def parts_of(folder: Path, task: str, split: str) -> tuple[str, str]:
+    """Training text and the text of a split.
+
+    Raises:
+        SystemExit: A line of the training text stands in a held-out one.
+    """
+    parts = quality_data.read_parts(folder, task)
+    for held_out in ("validation", "test"):
+        if quality_data.shared_lines(parts["train"], parts[held_out]):
+            raise SystemExit(f"{task}: a line of the training text is held out")
+    return parts["train"], parts[split]
 
 
 def read_rows(paths: Iterable[Path], bench: str = "quality") -> list[dict[str, Any]]:
@@ -853,6 +910,14 @@ def check(args: argparse.Namespace) -> None:
         _, validation, _ = questions_of(args.data, task, "validation")
         print(f"{task}: {len(train)} training rows, {len(validation)} validation, {len(test)} test;"
               f" dropped for standing in a test file: {dropped}")  # fmt: skip
+    for number in range(len(quality_embeddings.PLANS["commonsense"].seeds)):
+        train, held_out, _ = questions_of(args.data, "commonsense", "fold", number)
+        counts = {name: sum(q.task == name for q in held_out) for name in quality_data.COMMONSENSE}
+        print(f"commonsense, fold {number}: {len(train)} training rows, {counts} held out")
+    for task in TEXTS:
+        train, test = (len(text) for text in parts_of(args.data, task, "test"))
+        validation = len(parts_of(args.data, task, "validation")[1])
+        print(f"{task}: {train} characters to train on, {validation} validation, {test} test")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -864,13 +929,19 @@ def merge(args: argparse.Namespace) -> None:
     for task in SPLITS:
         first = {job.key for method in MAIN for job in validation_jobs(task, method)}
         early = quality_stats.best_rates([r for r in rows if key_of(r) in first], task)
-        best[task] = early | chosen_rates(task, rows)
+        best[task] = early | chosen_rates(task, rows) | quality_embeddings.chosen(task, rows)
         for method in sorted(early.keys() - chosen_rates(task, rows).keys()):
             print(f"{task}: runs that choose {method}'s rate are missing; by one seed so far")
+    best |= {task: quality_embeddings.chosen(task, rows) for task in TEXTS}
+    tuned = {task: quality_embeddings.judged(task, rows) for task in best}
     for row in rows:
         # A control may have been run before the same run was chosen.
         row["chosen"] = row["split"] == "test" and (
             best[row["task"]].get(row["method"]) == (row["variant"], row["lr"])
+        )
+        # Has the rate that its setting of embedding and head was given before the test.
+        row["tuned"] = row["split"] == "test" and (
+            (row["method"], row["variant"], row["lr"]) in tuned[row["task"]]
         )
     machine = {"bench": "machine"} | {
         k: rows[-1][k] for k in ("torch", "triton", "commit", "gpu", "driver") if k in rows[-1]
@@ -895,9 +966,10 @@ def print_summary(
     rows: list[dict[str, Any]], gpu: str, against: tuple[str, str], timed: list[dict[str, Any]]
 ) -> None:
     """Prints the tables of one kind of GPU: what two of them made is not compared."""
-    for task in SPLITS:
-        for split in ("validation", "test"):
-            table = quality_stats.summarise(rows, task, split, against, timed)
+    for task in (*SPLITS, *TEXTS):
+        for split in ("validation", "fold", "test"):
+            fresh = quality_embeddings.PLANS[task].test if split == "test" else ()
+            table = quality_stats.summarise(rows, task, split, against, timed, fresh)
             if not table:
                 continue
             head = [
@@ -911,7 +983,7 @@ def print_summary(
                 tasks = " / ".join(f"{value:.1f}" for value in e["per_task"].values())
                 lines.append([
                     e["method"] + (" *" if e["chosen"] else ""), e["variant"], f"{e['lr']:.0e}",
-                    str(e["seeds"]), f"{e['mean']:.4g}", deviation,
+                    f"{e['seeds']} ({e['seed_range']})", f"{e['mean']:.4g}", deviation,
                     *(
                         quality_stats.interval(e[name], task)
                         for name in ("against", "base", "uniform", "reverse")
@@ -924,6 +996,31 @@ def print_summary(
                 ])  # fmt: skip
             print(f"\n{task}, {split}, {gpu}\n")
             print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+
+
+def decide(args: argparse.Namespace) -> None:
+    """Prints what validation chose for embedding and head, and what the rule says of it."""
+    rows = read_rows(args.files or sorted(RESULTS.glob("*/quality.json")))
+    for task in quality_embeddings.PLANS:
+        best = quality_embeddings.chosen(task, rows)
+        for method, settings in quality_embeddings.SETTINGS.items():
+            tuned = quality_embeddings.tuned(task, method, rows)
+            for setting, variant in settings.items():
+                if variant in tuned:
+                    lr, mean = tuned[variant]
+                    mark = " <- chosen" if best.get(method) == (variant, lr) else ""
+                    print(f"{task}, {method}, {setting}: {abs(mean):.4f} at {lr:g}{mark}")
+                else:
+                    wanted, _ = quality_embeddings.tuning(task, method, variant, rows)
+                    missing = len(set(wanted) - {key_of(row) for row in rows})
+                    print(f"{task}, {method}, {setting}: {missing} runs are missing")
+    for verdict in quality_embeddings.verdict(rows):
+        print(f"{verdict.setting}: chosen on {', '.join(verdict.chosen) or 'no task'}")
+        for task, found in verdict.differences.items():
+            text = quality_stats.interval(found, task) or "not tested yet"
+            print(f"  better than trained, {task}: {text}")
+        words = {None: "open", True: "becomes the default", False: "does not become the default"}
+        print(f"  {words[verdict.default]}")
 
 
 def main() -> None:
@@ -971,6 +1068,9 @@ def main() -> None:
         help="what the others are compared with, seed by seed (default: full fine-tuning)",
     )  # fmt: skip
     four.set_defaults(do=summary)
+    six = commands.add_parser("decide", help="the settings of embedding and head, by the rule")
+    six.add_argument("files", type=Path, nargs="*", default=[])
+    six.set_defaults(do=decide)
     three.add_argument("--json", type=Path, default=MERGED)
     args = parser.parse_args()
     args.do(args)

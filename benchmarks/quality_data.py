@@ -1,8 +1,9 @@
 """Questions and texts of the quality tables: reading, contamination, prompts, token ids.
 
 A folder of data holds commonsense/<task>_<train|test>.jsonl with rows {"question", "choices",
-"label"}, gsm8k/<train|test>.jsonl with rows {"question", "answer"}, and text/c4_300.jsonl with rows
-{"text"}. The data/ of this repository holds a part of GSM8K alone.
+"label"}, gsm8k/<train|test>.jsonl with rows {"question", "answer"}, text/c4_300.jsonl with rows
+{"text"}, text/wikitext2_<valid|test>.txt and text/tiny_shakespeare.txt. The data/ of this
+repository holds a part of GSM8K alone.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ __all__ = [
     "Tokens",
     "answer_sequences",
     "drop_contaminated",
+    "fold",
     "normalise",
     "prompt",
     "read_gsm8k",
+    "read_parts",
     "read_questions",
     "read_texts",
+    "shared_lines",
     "split_validation",
+    "text_sequences",
     "training_sequences",
 ]
 
@@ -91,6 +96,46 @@ def read_texts(folder: Path, rows: int | None = None) -> list[str]:
     return [row["text"] for row in _rows(folder / "text" / "c4_300.jsonl")[:rows]]
 
 
+def read_parts(folder: Path, task: str) -> dict[str, str]:
+    """A text as training rows, validation and test: pieces that stand behind one another.
+
+    WikiText-2 is trained on its validation file (the last tenth is ours) and tested on its test
+    file. Of tiny Shakespeare the last tenth is the test, and a tenth of the rest the validation.
+
+    Args:
+        folder: Folder of data.
+        task: "wikitext2" or "shakespeare".
+
+    Returns:
+        {"train" | "validation" | "test": text}
+    """
+
+    def halves(text: str) -> tuple[str, str]:
+        # At a line's end.
+        end = text.rindex("\n", 0, len(text) * 9 // 10) + 1
+        return text[:end], text[end:]
+
+    if task == "wikitext2":
+        early, test = (
+            (folder / "text" / f"wikitext2_{part}.txt").read_text(encoding="utf-8")
+            for part in ("valid", "test")
+        )
+    else:
+        path = folder / "text" / "tiny_shakespeare.txt"
+        early, test = halves(path.read_text(encoding="utf-8"))
+    train, validation = halves(early)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def shared_lines(one: str, other: str, least: int = 60) -> set[str]:
+    """Lines of at least so many characters, evened out, that stand in both texts."""
+    first, second = (
+        {line for line in map(normalise, text.splitlines()) if len(line) >= least}
+        for text in (one, other)
+    )
+    return first & second
+
+
 def normalise(text: str) -> str:
     """A question with case, punctuation and white space evened out, for comparisons."""
     kept = (c if c.isalnum() else " " for c in text.casefold())
@@ -132,6 +177,29 @@ def split_validation(
     return drop_contaminated(train, validation)[0], validation
 
 
+def fold(
+    train: Sequence[Question], number: int, folds: int = 3, rows: int = 1000
+) -> tuple[list[Question], list[Question]]:
+    """Holds out one of several disjoint folds.
+
+    Args:
+        train: Training rows.
+        number: The fold, from 0.
+        folds: How many there are.
+        rows: Rows of a fold at most, of each task; a task has fewer where its rows do not suffice.
+
+    Returns:
+        Training rows, none of which asks a question of the fold, and the fold.
+    """
+    held_out = []
+    for task in sorted({question.task for question in train}):
+        own = [question for question in train if question.task == task]
+        random.Random(f"folds/{task}").shuffle(own)
+        count = min(rows, len(own) // folds)
+        held_out += own[number * count : (number + 1) * count]
+    return drop_contaminated(train, held_out)[0], held_out
+
+
 def prompt(question: Question) -> str:
     """What stands before an answer; answers begin with a space, as in lm-evaluation-harness."""
     return f"Question: {question.question}\nAnswer:"
@@ -152,6 +220,15 @@ def training_sequences(
         Tokens(tuple((head + tail + end)[:max_length]), min(len(head), max_length))
         for head, tail in zip(before, after, strict=True)
     ]
+
+
+def text_sequences(text: str, tokenizer: Any, length: int) -> list[Tokens]:
+    """A text's tokens in rows of one length; a rest is left out.
+
+    The loss is taken on all tokens but a row's first, which has nothing before it.
+    """
+    (ids,) = _encode(tokenizer, [text])
+    return [Tokens(tuple(ids[i : i + length]), 1) for i in range(0, len(ids) - length + 1, length)]
 
 
 def answer_sequences(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import quality_embeddings
 import quality_stats
+from quality_embeddings import PLANS
 
-__all__ = ["chart", "chosen", "commonsense_table", "gsm8k_table", "shown"]
+__all__ = [
+    "chart", "chosen", "commonsense_table", "embeddings_table", "gsm8k_table", "shown",
+]  # fmt: skip
 
 Row = dict[str, Any]
 NAMES = {
@@ -22,9 +26,17 @@ VARIANTS = {
     "default": "5 blocks", "blocks=all": "all blocks",
     f"blocks=all,{FROZEN}": "all blocks, frozen embedding",
     f"blocks=all,{FROZEN},rank=32": "all, frozen embedding, rank 32", FROZEN: "frozen embedding",
-    "dense_lr=lr/3": "embedding at lr / 3", "implementation=galore-torch": "galore-torch",
+    "dense_lr=lr/3": "embedding at lr / 3",
+    "blocks=all,dense_lr=lr/3": "all blocks, embedding at lr / 3",
+    "implementation=galore-torch": "galore-torch",
 }  # fmt: skip
-# Shown beside what validation chose: what explains it, and rivals with the same embeddings.
+TASKS = {
+    "commonsense": "commonsense, %", "gsm8k": "GSM8K, loss", "wikitext2": "WikiText-2, loss",
+    "shakespeare": "Shakespeare, loss",
+}  # fmt: skip
+TRAINED = {"full": "trained", "frozen": "frozen", "third": "trained at lr / 3"}
+# Shown beside what validation chose: what explains it, and rivals with the same embeddings. Where
+# runs at a rate that was chosen for that very variant are there, these are shown instead.
 BESIDE = {
     "commonsense": [
         ("owlore", "default", 3e-4), ("owlore", f"blocks=all,{FROZEN}", 3e-4),
@@ -36,9 +48,14 @@ BESIDE = {
 }  # fmt: skip
 
 
+def summaries(rows: Sequence[Row], task: str) -> list[Row]:
+    """Summaries of the test split, by the fresh seeds where a variant ran with them."""
+    return quality_stats.summarise(rows, task, "test", fresh=PLANS[task].test)
+
+
 def chosen(rows: Sequence[Row], task: str) -> list[Row]:
     """Summaries of the runs on the test split that were named before it, the best first."""
-    return [entry for entry in quality_stats.summarise(rows, task, "test") if entry["chosen"]]
+    return [entry for entry in summaries(rows, task) if entry["chosen"]]
 
 
 def shown(rows: Sequence[Row], task: str) -> list[Row]:
@@ -47,12 +64,15 @@ def shown(rows: Sequence[Row], task: str) -> list[Row]:
     Raises:
         ValueError: There is no row of a chosen variant.
     """
+    every = summaries(rows, task)
+    named = [entry for entry in every if entry["chosen"] or entry["tuned"]]
+    variants = {(entry["method"], entry["variant"]) for entry in named}
+    beside = {key for key in BESIDE.get(task, ()) if key[:2] not in variants}
     found = [
         entry
-        for entry in quality_stats.summarise(rows, task, "test")
-        if entry["chosen"]
-        or (entry["method"], entry["variant"], entry["lr"]) in BESIDE[task]
-    ]  # fmt: skip
+        for entry in every
+        if entry in named or (entry["method"], entry["variant"], entry["lr"]) in beside
+    ]
     if not any(entry["chosen"] for entry in found):
         raise ValueError("quality: no rows of chosen variants on the test split")
     return found
@@ -61,7 +81,7 @@ def shown(rows: Sequence[Row], task: str) -> list[Row]:
 def name_of(entry: Row) -> str:
     """Method and variant in words."""
     name, variant = NAMES.get(entry["method"], entry["method"]), entry["variant"]
-    if variant == "default" and entry["method"] != "owlore":
+    if not variant or (variant == "default" and entry["method"] != "owlore"):
         return name
     return f"{name}, {VARIANTS.get(variant, variant)}"
 
@@ -100,6 +120,38 @@ def gsm8k_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         ]
         for entry in shown(rows, "gsm8k")
     ]  # fmt: skip
+    return head, cells
+
+
+def embeddings_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+    """Head and cells of the table of what freezing embedding and head does, on four tasks.
+
+    A cell is the mean over the test seeds at the setting's own rate, and the difference to the same
+    method with embedding and head trained; what validation chose stands in bold.
+    """
+    head = ["method", "embedding and head", *TASKS.values()]
+    cells: list[list[object]] = []
+    for method in ("owlore", "full", "galore"):
+        for setting, variant in quality_embeddings.SETTINGS[method].items():
+            line: list[object] = [name_of({"method": method, "variant": ""}), TRAINED[setting]]
+            for task in TASKS:
+                own, base = (
+                    quality_embeddings.by_seed(rows, task, method, name)
+                    for name in (variant, quality_embeddings.SETTINGS[method]["full"])
+                )
+                line.append("")
+                if own:
+                    mean = abs(sum(own.values())) / len(own)
+                    text = f"{mean:.2f}" if task == "commonsense" else f"{mean:.4f}"
+                    if quality_embeddings.chosen(task, rows).get(method, ("",))[0] == variant:
+                        text = f"**{text}**"
+                    found = None if setting == "full" else quality_stats.paired(own, base)
+                    if found and task != "commonsense":
+                        # As losses: less is better.
+                        found = (-found[0], -found[2], -found[1])
+                    line[-1] = " ".join(filter(None, (text, quality_stats.interval(found, task))))
+            if any(line[2:]):
+                cells.append(line)
     return head, cells
 
 

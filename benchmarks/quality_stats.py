@@ -156,6 +156,7 @@ def summarise(
     split: str,
     against: tuple[str, str] = ("full", "default"),
     timed: Sequence[Row] = (),
+    fresh: Collection[int] = (),
 ) -> list[Row]:
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
 
@@ -169,8 +170,9 @@ def summarise(
         task: The task.
         split: "validation" or "test".
         against: Method and variant of the runs that all are compared with (of several rates the
-            chosen one, then the one with the most seeds, then the better one).
+            chosen one, then the one tuned for them, the one with the most seeds, the better one).
         timed: Rows of runs that had a GPU for themselves: seconds and peak memory are theirs.
+        fresh: Seeds that count alone where a group, or both groups of a difference, have them.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
     for row in rows:
@@ -178,17 +180,23 @@ def summarise(
             key = (row["method"], row["variant"], row["lr"])
             groups.setdefault(key, {})[row["seed"]] = row
 
-    def rank(key: tuple[str, str, float]) -> tuple[bool, int, float]:
+    def counted(*of: dict[int, Row]) -> list[dict[int, Row]]:
+        """Rows by seed, without those of earlier seeds where all have fresh ones."""
+        if all(by_seed.keys() & set(fresh) for by_seed in of):
+            return [{seed: row for seed, row in by.items() if seed in fresh} for by in of]
+        return list(of)
+
+    def rank(key: tuple[str, str, float]) -> tuple[bool, bool, int, float]:
         own = groups[key].values()
-        chosen = any(row.get("chosen") for row in own)
-        return chosen, len(own), statistics.mean(score(row) for row in own)
+        chosen, tuned = (any(row.get(name) for row in own) for name in ("chosen", "tuned"))
+        return chosen, tuned, len(own), statistics.mean(score(row) for row in own)
 
     def difference(
         key: tuple[str, str, float], other: tuple[str, str, float] | None
     ) -> tuple[float, float, float] | None:
         mine, theirs = (
-            {seed: value(row) for seed, row in groups.get(k, {}).items()} if k else {}
-            for k in (key, other)
+            {seed: value(row) for seed, row in by_seed.items()}
+            for by_seed in counted(*(groups.get(k, {}) if k else {} for k in (key, other)))
         )
         return paired(mine, theirs)
 
@@ -199,7 +207,8 @@ def summarise(
     table = []
     for key, by_seed in groups.items():
         method, variant, lr = key
-        own = list(by_seed.values())
+        (kept,) = counted(by_seed)
+        own = list(kept.values())
         values = [value(row) for row in own]
         known = {k[1] for k in groups if (k[0], k[2]) == (method, lr)}
         base = base_of(variant, known)
@@ -216,6 +225,7 @@ def summarise(
         }
         entry: Row = {
             "method": method, "variant": variant, "lr": lr, "seeds": len(own),
+            "seed_range": f"{min(kept)}-{max(kept)}",
             "mean": statistics.mean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
             "against": None if key == reference else difference(key, reference),
@@ -229,6 +239,7 @@ def summarise(
             "seconds": statistics.mean(row["seconds"] for row in alone) if alone else None,
             "trained_parameters": own[0]["trained_parameters"],
             "chosen": any(row.get("chosen") for row in own),
+            "tuned": any(row.get("tuned") for row in own),
         }  # fmt: skip
         entry["state_share"] = entry["state_mib"] / state if state else None
         names = own[0].get("per_task") or {}

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality
 import quality_data
+import quality_embeddings
 import quality_figures
 import quality_queue
 import quality_stats
@@ -163,6 +164,48 @@ def test_a_training_row_left_in_a_test_file_stops_the_run(tmp_path: Path, monkey
     monkeypatch.setattr(quality_data, "split_validation", lambda rows, count: (rows, rows[:1]))
     with pytest.raises(SystemExit, match="a training row asks a held-out question"):
         quality.questions_of(tmp_path, "gsm8k", "test")
+
+
+def test_folds_are_disjoint_and_share_no_question_with_their_training_rows() -> None:
+    train = [Question(task, f"{task} {i}", (str(i),), 0) for task in "ab" for i in range(40)]
+    train += train[:5]
+    found = [quality_data.fold(train, number, rows=15) for number in range(3)]
+    asked = [{q.question for q in held_out} for _, held_out in found]
+    for (kept, held_out), own in zip(found, asked, strict=True):
+        assert [sum(q.task == task for q in held_out) for task in "ab"] == [15, 13]
+        assert not own & {q.question for q in kept}
+        assert len(kept) + len(held_out) >= len(train) - 5
+    # A row that stands twice may be in two folds.
+    assert sum(map(len, asked)) - len(set.union(*asked)) <= 5
+    # A task of few rows has as many in each fold.
+    few = [q for q in train if q.task == "b"]
+    assert [len(quality_data.fold(few, number)[1]) for number in range(3)] == [13, 13, 13]
+
+
+def test_texts_are_cut_into_pieces_that_share_no_line(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = [f"line {i:03} " + "word " * 12 for i in range(200)]
+    (folder / "tiny_shakespeare.txt").write_text("\n".join(lines))
+    (folder / "wikitext2_valid.txt").write_text("\n".join(lines[:100]))
+    (folder / "wikitext2_test.txt").write_text("\n".join(lines[100:]))
+    for task, counts in (("shakespeare", (161, 18, 21)), ("wikitext2", (89, 11, 100))):
+        parts = quality_data.read_parts(tmp_path, task)
+        assert list(parts) == ["train", "validation", "test"]
+        # Cut at a line's end: no line is lost or split.
+        pieces = [part.splitlines() for part in parts.values()]
+        assert [line for piece in pieces for line in piece] == lines
+        assert [len(piece) for piece in pieces] == list(counts)
+        assert quality.parts_of(tmp_path, task, "test") == (parts["train"], parts["test"])
+    (folder / "wikitext2_test.txt").write_text(lines[3].upper())
+    with pytest.raises(SystemExit, match="a line of the training text is held out"):
+        quality.parts_of(tmp_path, "wikitext2", "validation")
+    tokenizer = tiny_model.tokenizer()
+    rows = quality_data.text_sequences(lines[0] * 4, tokenizer, 16)
+    assert {(len(row.ids), row.prompt) for row in rows} == {(16, 1)}
+    (batch,) = quality_train.make_batches(rows, 4, 16, seed=0, steps=1, lines=4)
+    assert tuple(batch.ids.shape) == (4, 16)
+    assert int((batch.weights > 0).sum()) == 4 * 15
 
 
 def test_accuracy_goes_by_likelihood_per_character() -> None:
@@ -394,6 +437,170 @@ def test_rivals_have_rates_of_their_own_for_what_embeddings_do() -> None:
     # They are no candidates: what is compared as full fine-tuning trains all weights at one rate.
     assert quality.chosen_rates("commonsense", every) == {}
     assert not any(job.chosen for job in found)
+
+
+def embedding_rows(jobs, accuracy) -> list[dict]:
+    """Rows of finished runs, judged by accuracy(job)."""
+    return [
+        {**job._asdict(), "bench": "quality", "accuracy": accuracy(job),
+         "loss": 9 - accuracy(job) / 100}
+        for job in jobs
+    ]  # fmt: skip
+
+
+def test_each_setting_of_the_embeddings_has_a_rate_of_its_own() -> None:
+    frozen = "blocks=all,embeddings=freeze,head=freeze"
+
+    def accuracy(job):
+        # Frozen is best at the grid's upper end, the others at its lower one.
+        lucky = 2 if job.key[2:5] == (frozen, 1e-4, 2) else 0
+        value = job.lr * 1e3 if job.variant == frozen else -job.lr * 1e4
+        return 50 + value + job.seed / 10 + lucky
+
+    def next_rows(table, rows, failed=()):
+        have = {quality.key_of(r) for r in rows} | set(failed)
+        new = {job.key: job for job in quality.jobs(table, rows, failed) if job.key not in have}
+        return [job for job in new.values() if job.method == "owlore"]
+
+    rows = []
+    first = next_rows("folds", rows)
+    assert len(first) == 27
+    assert {(job.split, job.seed) for job in first} == {("fold", k) for k in range(3)}
+    rows += embedding_rows(first[:-1], accuracy)
+    # Two settings are complete, of which one rate beyond the grid's end is tried.
+    beyond = next_rows("folds", rows)
+    assert sorted({(job.variant, job.lr) for job in beyond}) == [
+        ("blocks=all", 3e-5), ("blocks=all,dense_lr=lr/3", 1e-3), (frozen, 3e-3),
+    ]  # fmt: skip
+    assert next_rows("folds-test", rows) == []
+    while todo := next_rows("folds", rows):
+        rows += embedding_rows(todo, accuracy)
+    tuned = quality_embeddings.tuned("commonsense", "owlore", rows)
+    assert {variant: lr for variant, (lr, _) in tuned.items()} == {
+        "blocks=all": 3e-5, frozen: 3e-3, "blocks=all,dense_lr=lr/3": 3e-5,
+    }  # fmt: skip
+    assert tuned[frozen][1] == pytest.approx(50 + 3 + 0.1)
+    assert quality_embeddings.chosen("commonsense", rows) == {"owlore": (frozen, 3e-3)}
+    test = next_rows("folds-test", rows)
+    assert [job.seed for job in test] == [s for s in range(5, 10) for _ in range(3)]
+    assert {(job.variant, job.lr) for job in test if job.chosen} == {(frozen, 3e-3)}
+    # Of the rivals but full fine-tuning only the chosen setting is tested.
+    rivals = []
+    while todo := [
+        job for job in quality.jobs("folds", rivals)
+        if job.method in ("lisa", "full") and job.key not in {quality.key_of(r) for r in rivals}
+    ]:  # fmt: skip
+        rivals += embedding_rows(todo, accuracy)
+    found = {(job.method, job.variant) for job in quality.jobs("folds-test", rivals)}
+    assert len({key for key in found if key[0] == "full"}) == 3
+    assert len({key for key in found if key[0] == "lisa"}) == 1
+
+
+def test_a_text_has_more_seeds_at_the_best_rate() -> None:
+    def owlore(table, rows):
+        have = {quality.key_of(r) for r in rows}
+        return [
+            job for job in quality.jobs(table, rows)
+            if job.method == "owlore" and job.task == "wikitext2" and job.key not in have
+        ]  # fmt: skip
+
+    def accuracy(job):
+        return 50 - abs(job.lr - 3e-4) * 1e3 + (job.variant == "blocks=all") * job.seed
+
+    rows = embedding_rows(owlore("text-validation", []), accuracy)
+    assert {(r["seed"], r["split"]) for r in rows} == {(0, "validation")}
+    more = owlore("text-validation", rows)
+    assert sorted((job.lr, job.seed) for job in more) == [(3e-4, s) for s in (1, 2) for _ in "abc"]
+    assert owlore("text", rows) == []
+    failed = {more[0].key}
+    assert quality_embeddings.chosen("wikitext2", rows, {job.key for job in more})["owlore"]
+    rows += embedding_rows(more[1:], accuracy)
+    assert quality_embeddings.chosen("wikitext2", rows) == {}
+    assert quality_embeddings.chosen("wikitext2", rows, failed)["owlore"] == ("blocks=all", 3e-4)
+    rows += embedding_rows(more[:1], accuracy)
+    assert {job.lr for job in owlore("text", rows)} == {3e-4}
+    # Both texts use the same compiled blocks.
+    kinds = {
+        quality.kind(quality.Job(task, "full", "default", 1e-4, 0, "test"))
+        for task in ("wikitext2", "shakespeare", "gsm8k")
+    }
+    assert len(kinds) == 2
+
+
+def settled(wins: int, differences: dict[str, float]) -> list[dict]:
+    """Rows of all runs of `owlore`: frozen wins on so many tasks, and tests better by so much."""
+
+    def accuracy(job):
+        value = 60 - abs(job.lr - 3e-4) * 1e3
+        place = list(quality_embeddings.PLANS).index(job.task)
+        if "freeze" in job.variant:
+            value += differences.get(job.task, 0) if job.split == "test" else place < wins
+            value -= 0.5 if job.split != "test" else 0
+        return value
+
+    rows: list[dict] = []
+    for tables in (("folds", "text-validation", "gsm8k-embeddings-validation"),
+                   ("folds-test", "text", "gsm8k-embeddings")):  # fmt: skip
+        while True:
+            have = {quality.key_of(r) for r in rows}
+            new = {job.key: job for table in tables for job in quality.jobs(table, rows)
+                   if job.method == "owlore" and job.key not in have}  # fmt: skip
+            if not new:
+                break
+            rows += embedding_rows(new.values(), accuracy)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("wins", "differences", "expected"),
+    [
+        (3, {}, True), (2, {}, False), (4, {"commonsense": -0.4}, True),
+        (4, {"commonsense": -0.6}, False), (4, {"gsm8k": -0.9}, True),
+        (4, {"shakespeare": -1.1}, False),
+    ],
+)  # fmt: skip
+def test_the_rule_for_the_default(wins: int, differences: dict, expected: bool) -> None:
+    rows = settled(wins, differences)
+    frozen, third = quality_embeddings.verdict(rows)
+    assert (frozen.setting, frozen.default, third.default) == ("frozen", expected, False)
+    assert len(frozen.chosen) == wins
+    for task, value in differences.items():
+        found = frozen.differences[task]
+        assert found is not None
+        assert found[0] == pytest.approx(value if task == "commonsense" else value / 100)
+    # While tests are missing nothing becomes the default.
+    early = [r for r in rows if r["split"] != "test"]
+    assert quality_embeddings.verdict(early)[0].default is (None if wins > 2 else False)
+    head, cells = quality_figures.embeddings_table(rows)
+    assert [line[:2] for line in cells] == [
+        ["OwLore", "trained"], ["OwLore", "frozen"], ["OwLore", "trained at lr / 3"],
+    ]  # fmt: skip
+    assert all(len(line) == len(head) for line in cells)
+    value = differences.get("commonsense", 0.0)
+    assert cells[1][2] == f"**{60 + value:.2f}** {value:+.2f} [{value:+.2f}, {value:+.2f}]"
+    if wins == 2:
+        assert cells[1][4].startswith("8.4")
+    # Less loss is better.
+    if differences.get("gsm8k"):
+        assert cells[1][3] == "**8.4090** +0.0090 [+0.0090, +0.0090]"
+
+
+def test_fresh_seeds_count_alone_where_they_are_there() -> None:
+    rows = [row("full", 1e-4, 50.0 + seed, "test", seed) for seed in range(10)]
+    rows += [row("lora", 1e-4, 40.0 + 2 * seed, "test", seed) for seed in range(5)]
+    rows += [row("owlore", 1e-4, 49.0 + seed, "test", seed) for seed in (1, 6, 7)]
+    tuned = [{**row("full", 3e-4, 20.0, "test", seed), "tuned": True} for seed in (5, 6)]
+    table = quality_stats.summarise(rows, "commonsense", "test", fresh=range(5, 10))
+    found = {entry["method"]: entry for entry in table}
+    assert [found[m]["mean"] for m in ("full", "lora", "owlore")] == [57.0, 44.0, 55.5]
+    assert (found["full"]["seeds"], found["full"]["seed_range"]) == (5, "5-9")
+    assert found["owlore"]["against"] == pytest.approx((-1.0, -1.0, -1.0))
+    # Earlier seeds are compared with earlier ones.
+    assert found["lora"]["against"][0] == pytest.approx(-8.0)
+    # What was tuned is the reference, however many seeds others have.
+    table = quality_stats.summarise(rows + tuned, "commonsense", "test", fresh=range(5, 10))
+    (other,) = (e for e in table if (e["method"], e["lr"]) == ("full", 1e-4))
+    assert other["against"][0] == pytest.approx(35.5)
 
 
 def test_tables_may_name_methods(tmp_path: Path) -> None:
