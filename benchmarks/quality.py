@@ -58,6 +58,7 @@ import copy
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -873,16 +874,19 @@ def finish(bench: Bench, job: Job, claim: quality_queue.Claim, about: dict[str, 
 def time_alone(args: argparse.Namespace) -> None:
     """Times the main methods as the validation split chose them, each with the GPU for itself."""
     done = read_rows([args.rows, *args.done])
-    best = chosen_rates("commonsense", done)
+    best = {
+        task: chosen_rates(task, done) | quality_embeddings.chosen(task, done)
+        for task in args.tasks
+    }
     finished = {key_of(row) for row in read_rows([args.rows], "quality-time")}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, quality_queue.Claims(Path(folder)))
         about = {**versions(args.device), "processes": 1}
         longest = 0.0
-        for method in args.only or MAIN:
-            variant, lr = best.get(method, ("default", RATES[1]))
-            job = Job("commonsense", method, variant, lr, 0, "test")
+        for task, method in itertools.product(args.tasks, args.only or MAIN):
+            variant, lr = best[task].get(method, ("default", RATES[1]))
+            job = Job(task, method, variant, lr, 0, "test")
             left = (args.max_seconds or float("inf")) - (time.perf_counter() - began)
             if job.key in finished or longest > left:
                 continue
@@ -898,9 +902,10 @@ def time_alone(args: argparse.Namespace) -> None:
             longest = max(longest, time.perf_counter() - start)
             with open(args.rows, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            short = ("method", "variant", "seconds", "wall_seconds", "first_seconds", "compiled",
-                     "train_loss", "accuracy", "peak_gib", "captures")  # fmt: skip
-            common.show({name: row[name] for name in short})
+            short = ("task", "method", "variant", "seconds", "wall_seconds", "first_seconds",
+                     "compiled", "train_loss", "accuracy", "loss", "peak_gib",
+                     "captures")  # fmt: skip
+            common.show({name: row[name] for name in short if name in row})
 
 
 def check(args: argparse.Namespace) -> None:
@@ -1036,6 +1041,7 @@ def main() -> None:
     one.add_argument("--processes", type=int, default=1, help="that share this GPU")
     one.set_defaults(do=run)
     five = commands.add_parser("time", help="time the main methods, with a GPU for each run alone")
+    five.add_argument("--tasks", nargs="+", default=["commonsense"], choices=[*SPLITS, *TEXTS])
     five.set_defaults(do=time_alone, processes=1)
     for command in (one, five):
         command.add_argument("--rows", type=Path, required=True, help="JSON lines, added to")
