@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,16 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench_scale(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module; it finds its neighbours by its folder."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("bench_scale")
+    for name in {"bench_scale", "bench_train", "common"} - before:
+        sys.modules.pop(name, None)
 
 
 def bench(file: Path, *options: str, fails: bool = False) -> tuple[list[dict[str, Any]], str]:
@@ -44,10 +55,18 @@ def test_rows_of_two_ranks(tmp_path: Path) -> None:
             "tokens_per_s", "efficiency", "allreduce_mib_per_step", "dense_allreduce_mib_per_step",
         } <= set(row)  # fmt: skip
         for column, base in (("efficiency", "one"), ("efficiency_beside", "each")):
-            rate = found[base + name[name.index("/") :]]["tokens_per_s"]
-            assert row[column] == pytest.approx(row["tokens_per_s"] / rate, abs=1e-3)
-        twice = name.endswith("4/projected") and row["strategy"] != "fsdp2"
-        assert row["steps"] == (6 if twice else 3)
+            other = found[base + name[name.index("/") :]]["tokens_per_s_by_round"]
+            rates = zip(row["tokens_per_s_by_round"], other, strict=True)
+            ratios = sorted(ours / theirs for ours, theirs in rates)
+            assert row[column] == pytest.approx(ratios[1], rel=5e-3)
+            if column == "efficiency":
+                low, high = sum(ratios[:2]) / 2, sum(ratios[1:]) / 2
+                assert row["efficiency_low"] == pytest.approx(low, rel=5e-3)
+                assert row["efficiency_high"] == pytest.approx(high, rel=5e-3)
+        assert row["tokens_per_s"] == sorted(row["tokens_per_s_by_round"])[1]
+        assert row["step_ms"] == pytest.approx(2e3 * 32 / row["tokens_per_s"], rel=5e-3)
+        assert (row["rounds"], row["steps"], row["tokens"]) == (3, 6, "1x32")
+        assert not row["compile"]
         assert len(row["step_ms_by_gpu"]) == 2
         if row["strategy"] in ("one", "each"):
             assert row["allreduce_mib_per_step"] == 0
@@ -78,3 +97,24 @@ def test_a_case_that_fails_loses_itself_alone(tmp_path: Path) -> None:
     assert [row["path"] for row in rows] == ["full"] * 3
     for name in ("one/1/projected", "ddp/1/projected"):
         assert f"not measured: {name}: ValueError: rank: expected" in text
+
+
+def test_names_of_cases_are_their_own(bench_scale: Any) -> None:
+    names = [case.name for group in bench_scale.cases(32, True) for case in group]
+    assert len(set(names)) == len(names)
+    assert {"ddp/32/projected", "ddp/5/projected/compiled", "ddp/32/projected/4-rows"} <= set(names)
+    assert "fsdp2/32/projected/prefetch" in names
+    for group in bench_scale.cases(32, True):
+        assert len({case.group for case in group}) == 1
+
+
+def test_cores_are_shared_out_once(bench_scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_scale.cores_in("0-2,8\n") == {0, 1, 2, 8}
+    monkeypatch.setattr(bench_scale.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6})
+    # The second thread of each core has a number of the upper half.
+    monkeypatch.setattr(
+        bench_scale.Path, "read_text", lambda path: f"{int(path.parts[5][3:]) % 4},9"
+    )
+    shares = [bench_scale.share_of_cores(i, 2, False) for i in range(2)]
+    assert shares == [[0, 4, 1], [5, 2, 6]]
+    assert bench_scale.share_of_cores(0, 7, False) == []
