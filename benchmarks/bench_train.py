@@ -624,6 +624,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
             if other is None:
                 continue
             text = f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}x"
+            pairs = list(zip(row.get("round_ms", ()), other.get("round_ms", ()), strict=False))
+            if pairs:
+                text += f" (steps, by round: {', '.join(f'{b / a:.2f}' for a, b in pairs)})"
             if other["peak_gib"] and row["peak_gib"]:
                 text += f" at {row['peak_gib'] / other['peak_gib']:.2f}x peak"
             texts.append(f"{rival} {text}")

@@ -185,6 +185,83 @@ def test_compiled_rows_are_read_beside_lora(bench: Any) -> None:
     assert {case.blocks for case in found if case.draws} == {5}
 
 
+@pytest.fixture
+def figures(bench: Any) -> Any:
+    """The module of the README's tables."""
+    return importlib.import_module("figures")
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row of ours of the benchmark, 32 blocks beside LoRA's shape."""
+    return {
+        "bench": "train", "model": "llama2-7b", "tokens": "16x512", "provider": "owlore",
+        "blocks": 32, "rank": 128, "embeddings": "freeze", "moments": "bf16",
+        "checkpointing": True, "peak_gib": 19.0, "planned_gib": None, "tokens_per_s": 1200.0,
+        "step_ms": 700.0, "optimizer_ms": 10.0, "refresh_ms": 300.0, "side": "std",
+        "compile": False, "refresh_every": None, "backward_through": False, **changes,
+    }  # fmt: skip
+
+
+def test_the_table_beside_lora_pairs_rows_of_one_run(
+    figures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"provider": "peft-lora", "rank": 16, "side": None, "refresh_ms": None}
+    draws = {"blocks": 5, "refresh_every": 50, "draws": [[0, 1, 2, 3, 9]], "lowest": 4.5}
+    eager = [
+        row(),
+        row(**lora, tokens_per_s=1000.0, peak_gib=20.0),
+        row(**lora, tokens_per_s=500.0, peak_gib=38.0, checkpointing=False),
+        row(**draws, tokens_per_s=1500.0),
+        row(blocks=5, chosen=[0, 6, 12, 19, 25], tokens_per_s=1300.0),
+        row(norms="freeze", tokens_per_s=1250.0),
+        row(blocks=4, chosen=[28, 29, 30, 31]),
+        row(blocks=4, chosen=[28, 29, 30, 31], backward_through=True),
+        row(embeddings="full"),
+        row(side="reverse"),
+        row(checkpointing=False, tokens_per_s=600.0, peak_gib=57.0),
+        row(tokens="1x2048"),
+    ]
+    compiled = [row(compile=True, tokens_per_s=1800.0), row(**lora, compile=True)]
+    results = {"train": eager, "train_compiled": compiled}
+    monkeypatch.setattr(figures, "load", lambda name: results[name])
+    monkeypatch.setattr(Path, "is_file", lambda path: path.stem in results)
+    _, _, *lines = figures.lora_table().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [cell[1:6] for cell in cells] == [
+        ["yes", "32 blocks", "0.95", "1,200 / 1,000", "1.20"],
+        ["yes", "32 blocks, norms frozen", "0.95", "1,250 / 1,000", "1.25"],
+        ["yes", "5 blocks as drawn (the lowest is block 4.5 on average)", "0.95",
+         "1,500 / 1,000", "1.50"],
+        ["yes", "5 blocks, the worst draw (block 0 is one)", "0.95", "1,300 / 1,000", "1.30"],
+        ["no", "32 blocks", "1.50", "600 / 500", "1.20"],
+    ]  # fmt: skip
+    assert [cell[6:] for cell in cells] == [["1,800 / 1,200", "1.50"], *[["", ""]] * 4]
+
+
+def test_the_table_of_methods_counts_what_bases_cost(
+    figures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    galore = {"provider": "galore-torch", "embeddings": "full", "side": None}
+    rows = [
+        row(tokens="8x512", refresh_every=200),
+        row(tokens="8x512", refresh_every=200, model="qwen3-4b", blocks=36, peak_gib=11.0),
+        row(tokens="8x512", **galore, tokens_per_s=900.0, tokens_per_s_with_svd=300.0),
+        row(tokens="8x512", blocks=5, refresh_every=50, draws=[[0, 1, 2, 3, 9]], lowest=4.5),
+        row(tokens="1x2048"),
+    ]
+    monkeypatch.setattr(figures, "load", lambda name: rows)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.stem == "train_methods")
+    _, _, *lines = figures.methods_table().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert cells == [
+        ["owlore, all blocks, a refresh every 200 steps", "freeze", "bf16", "19.00", "1,200", "",
+         "", "11.00", "1,200"],
+        ["GaLore (galore-torch)", "full", "bf16", "19.00", "300", "", "", "", ""],
+        ["owlore, 5 blocks as drawn, a draw every 50 steps", "freeze", "bf16", "19.00", "1,200",
+         "", "", "", ""],
+    ]  # fmt: skip
+
+
 def test_a_case_that_freezes_the_norms_trains_none(bench: Any) -> None:
     model = bench.build(bench.model_config("llama2-7b", small=True), "cpu")
     case = next(c for c in bench.cases() if c.norms == "freeze")
