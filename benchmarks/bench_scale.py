@@ -512,6 +512,9 @@ class Bench:
     def group(self, group: list[Case]) -> None:
         """Measures cases side by side."""
         torch._dynamo.reset()
+        # Of all strategies together; beyond the limit a block would run as it is, without a word.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for case in group:
             if case.strategy == "each":
                 # The same training as `one`.
