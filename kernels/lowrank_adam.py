@@ -1065,6 +1065,14 @@ _prepared: dict[tuple, Prepared] = {}
 _MOST_PLANS = 16
 
 
+def left_out(first_columns: Sequence[int]) -> list[int]:
+    """Indices of the matrices that launches leave to the reference.
+
+    Shards that begin within eight columns: one generator call serves eight neighbours.
+    """
+    return [i for i, column in enumerate(first_columns) if column % 8]
+
+
 def prepare_lowrank_adam(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -1088,9 +1096,11 @@ def prepare_lowrank_adam(
         config: Launch configuration instead of the table's; W is then updated in Triton.
 
     Returns:
-        The step, or None if the tensors are of a kind the kernels do not cover.
+        The step of all matrices but those `left_out`, or None if there is none or the tensors are
+        of a kind the kernels do not cover.
     """
-    if any(column % 8 for column in first_columns):
+    apart = tuple(left_out(first_columns))
+    if len(apart) == len(params):
         return None
     device = params[0].device
     shapes = tuple(
@@ -1102,12 +1112,13 @@ def prepare_lowrank_adam(
             )
         ]
     )  # fmt: skip
-    key = (shapes, projected, stochastic, device, config)
+    key = (shapes, apart, projected, stochastic, device, config)
     groups = _plans.get(key)
     if groups is None:
         groups = _plan(
-            params, grads, bases, exp_avgs, exp_avg_sqs, sides, projected, stochastic, config
-        )
+            params, grads, bases, exp_avgs, exp_avg_sqs, sides, projected, stochastic, config,
+            apart=apart,
+        )  # fmt: skip
         if groups is None:
             return None
         remember(_plans, key, groups, _MOST_PLANS)
@@ -1155,7 +1166,9 @@ def launch_lowrank_adam(
     first_columns: Sequence[int] = (),
     config: Config | None = None,
 ) -> bool:
-    """`owlore.reference.lowrank_adam_` for all matrices in as few launches as they allow.
+    """`owlore.reference.lowrank_adam_` in as few launches as the matrices allow.
+
+    It covers all matrices but those `left_out`.
 
     Args beyond the op's:
         config: Launch configuration instead of the table's; W is then updated in Triton.
@@ -1217,12 +1230,15 @@ def _plan(
     stochastic: bool,
     config: Config | None,
     architecture: int | None = None,
+    apart: Sequence[int] = (),
 ) -> list[_Group] | None:
     """Groups the matrices by what their launches have in common; None = not covered."""
     members: dict[tuple, list[int]] = {}
     for i, (W, G, P, M, V) in enumerate(
         zip(params, grads, bases, exp_avgs, exp_avg_sqs, strict=True)
     ):
+        if i in apart:
+            continue
         tensors = (W, G, P, M, V)
         if not all(x.dtype in TL_DTYPES for x in tensors) or M.dtype != V.dtype:
             return None

@@ -74,8 +74,37 @@ def _kernel_or_reference(name: str) -> Callable[..., Any]:
         if isinstance(kernel, ImportError) or not getattr(kernel, launcher)(*args, **options):
             _warn_slow(name)
             return definition(*args, **options)
+        *lists, lr, nonfinite, rng_step = args
+        for i in _left_out(name, kernel, options):
+            _step_alone(name, i, lists, (lr, nonfinite, rng_step), options)
 
     return call
+
+
+def _left_out(name: str, kernel: ModuleType, options: dict[str, Any]) -> list[int]:
+    """Parameters that a launch leaves to the reference."""
+    if name != "lowrank_adam_":
+        return []
+    left_out: list[int] = kernel.left_out(options.get("first_columns", ()))
+    return left_out
+
+
+def _step_alone(
+    name: str,
+    i: int,
+    lists: Sequence[Sequence[Tensor]],
+    scalars: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+) -> None:
+    """The reference on one of several parameters."""
+    _warn_slow(name)
+    lr, nonfinite, rng_step = scalars
+    own = {
+        key: [value[i]] if isinstance(value, (list, tuple)) and value else value
+        for key, value in options.items()
+    }
+    tensors = [[values[i]] for values in lists]
+    getattr(reference, name)(*tensors, lr, nonfinite[i : i + 1], rng_step, **own)
 
 
 def _slow_on_cuda(name: str) -> Callable[..., Any]:
@@ -343,6 +372,7 @@ class _Step:
         self._shapes = list(shapes)
         self._options = options
         self._prepared: Any = None
+        self._left_out: list[int] = []
 
     def __call__(
         self,
@@ -378,6 +408,7 @@ class _Step:
         if prepared is not None and prepared.launch(
             grads, *self._scalars, **hyper, fitting=fitting
         ):
+            self._step_left_out(grads, hyper)
             return
         if [G.shape for G in grads] != self._shapes:
             _expect(
@@ -409,7 +440,17 @@ class _Step:
         if self._prepared is None:
             return False
         launched: bool = self._prepared.launch(grads, *self._scalars, **hyper)
+        self._left_out = _left_out(self._name, kernel, self._options)
+        if launched:
+            self._step_left_out(grads, hyper)
         return launched
+
+    def _step_left_out(self, grads: Sequence[Tensor], hyper: dict[str, float]) -> None:
+        """Steps with what the kernels do not cover."""
+        params, *states = self._lists
+        for i in self._left_out:
+            lists = (params, grads, *states)
+            _step_alone(self._name, i, lists, self._scalars, {**hyper, **self._options})
 
 
 def prepare_lowrank_adam(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_new_addresses_are_seen():
         assert_close_to_float64(ours, sets, ["left"])
 
 
-def prepared_step(sets, sides, stochastic=True, projected=False, dtype=torch.float64):
+def prepared_step(sets, sides, stochastic=True, projected=False, dtype=torch.float64, **begins):
     """A prepared step on copies of the sets: the step, the copies, its scalars and the flags."""
     W, M, V = ([clone(s[k]) for s in sets] for k in (0, 3, 4))
     steps = [torch.tensor(3.0, device=DEVICE) for _ in sets]
@@ -314,7 +315,7 @@ def prepared_step(sets, sides, stochastic=True, projected=False, dtype=torch.flo
     take = ops.prepare_lowrank_adam(
         W, [s[2] for s in sets], M, V, steps, lr, flags, rng_step, sides=sides, seed=SEED,
         stochastic=stochastic, streams=[3_000_000_000 + i for i in range(len(sets))],
-        projected=projected,
+        projected=projected, **begins,
     )  # fmt: skip
     return take, (W, M, V), (lr, rng_step, steps), flags
 
@@ -479,6 +480,60 @@ def test_what_is_not_covered_is_left_to_the_reference():
         )  # fmt: skip
         assert done is False
         assert all(torch.equal(x, y) for x, y in zip(case, before, strict=True))
+
+
+@pytest.mark.parametrize("first_columns", [[4, 0, 8], [16, 4, 4]])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_shard_within_eight_columns_leaves_the_kernels_to_the_others(
+    prepared, first_columns, monkeypatch
+):
+    """The reference steps with that one alone, the others take the bits that they take alone."""
+    sides = ["left", "right", "left"]
+    sets = [
+        (W.bfloat16(), *rest)
+        for W, *rest in (
+            matrices(24, 20, 8, side, torch.float32, seed=i) for i, side in enumerate(sides)
+        )
+    ]
+    sets[1][1][2, 3] = math.inf
+    begins = {"first_rows": [0, 5, 2], "first_columns": first_columns}
+    called = []
+    definition = reference.lowrank_adam_
+
+    def seen(params, *args, **options):
+        called.append(len(params))
+        return definition(params, *args, **options)
+
+    monkeypatch.setattr(reference, "lowrank_adam_", seen)
+    monkeypatch.setattr(ops, "_warn_slow", lambda name: None)
+    if prepared:
+        take, (W, M, V), _, flags = prepared_step(sets, sides, **begins)
+        assert take._launch([s[1] for s in sets], ADAM)
+        got = list(zip(W, M, V, strict=True))
+    else:
+        got, flags = step(
+            ops._kernel_or_reference("lowrank_adam_"), sets, sides, stochastic=True, **begins
+        )
+    odd = [i for i, column in enumerate(first_columns) if column % 8]
+    assert called == [1] * len(odd)
+    assert flags.tolist() == [0, 1, 0]
+    for i in range(3):
+        function = definition if i in odd else lowrank_adam.launch_lowrank_adam
+        alone = {key: [values[i]] for key, values in begins.items()}
+        want, _ = step(
+            function, [sets[i]], [sides[i]], streams=[3_000_000_000 + i], stochastic=True, **alone
+        )
+        for mine, other in zip(got[i], want[0], strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.gpu
+def test_a_shard_within_eight_columns_on_the_gpu(monkeypatch):
+    for prepared in (False, True):
+        with monkeypatch.context() as context:
+            test_a_shard_within_eight_columns_leaves_the_kernels_to_the_others(
+                prepared, [4, 0, 8], context
+            )
 
 
 def test_empty_matrices_and_empty_lists():
