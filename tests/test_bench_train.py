@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -174,6 +175,36 @@ def test_a_drawn_row_is_the_mean_over_its_draws(
     assert drawn["lowest"] == 1.5
     # The draws that hold most train the first block too, as the worst draw does.
     assert bench.planned_gib(drawn, small=True) == bench.planned_gib(worst, small=True)
+
+
+class TickingClock:
+    """A clock on which the steps of a draw take 10, 4 and 3 ms, of each 1 the optimizer's step."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.marks = 0
+
+    def mark(self) -> float:
+        step, middle = divmod(self.marks, 2)
+        self.marks += 1
+        lasts = (10.0, 4.0, 3.0)
+        before = sum(lasts[i % 3] for i in range(step))
+        return before + (lasts[step % 3] - 1 if middle else 0)
+
+    def between(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+def test_what_a_draw_costs_is_all_beyond_its_last_step(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "Clock", TickingClock)
+    case = next(case for case in bench.cases() if case.draws)
+    model = bench.build(bench.model_config("llama2-7b", small=True), "cpu")
+    args = argparse.Namespace(device="cpu", small=True, compile=False)
+    found = bench.measure(bench.shrunk(case, 4, 32), model, 0, args)
+    assert found.steps == [[3.0]] * case.draws
+    assert found.ends == [1.0] * case.draws
+    assert found.refreshes == [8.0] * case.draws
 
 
 def test_compiled_rows_are_read_beside_lora(bench: Any) -> None:
