@@ -9,8 +9,7 @@ import math
 import operator
 import warnings
 import weakref
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +21,14 @@ from typing_extensions import Unpack
 
 from owlore import blocks, checkpoints, distributed, ops, projected, projection, sampling
 from owlore.config import Options, OwLoreConfig, importable, needs_scores
+from owlore.members import (
+    Member,
+    choose_members,
+    describe,
+    param_groups,
+    warn_of_small_share,
+    without_frozen_blocks,
+)
 from owlore.outliers import read_scores
 
 logger = logging.getLogger(__name__)
@@ -38,137 +45,6 @@ _SKETCHES = 16
 # What a step looks up for every parameter, without a Python call for each.
 _GRAD = operator.attrgetter("grad")
 _WEIGHT = operator.itemgetter("weight")
-# A model of whose block weights less than this share trains is warned of.
-_LEAST_SHARE = 0.9
-
-
-class _Member:
-    """One trained parameter: where it belongs and how it trains.
-
-    `param` is what autograd fills with a gradient and the optimizer's groups and state know: the
-    parameter itself, or the coordinates of a layer that computes R in its backward. `sketch` is
-    that layer's other parameter, which takes a gradient in their place where a basis is sketched.
-    """
-
-    __slots__ = (
-        "always",
-        "entry",
-        "group",
-        "param",
-        "projection",
-        "rank",
-        "side",
-        "sketch",
-        "skipped",
-        "spread",
-        "stream",
-    )
-
-    def __init__(self, entry: blocks.Entry, side: str | None, rank: int, projects: bool) -> None:
-        self.entry = entry
-        self.param: nn.Parameter = entry.param
-        self.sketch: nn.Parameter | None = None
-        self.side = side
-        self.rank = rank
-        # In the projected path `install` puts the layer's own in its place.
-        self.projection = projected.Projection(side or "", rank) if projects else None
-        self.always = entry.block is None
-        self.stream = zlib.crc32(entry.name.encode())
-        self.group: dict[str, Any] = {}
-        # Steps in which non-finite gradients were skipped, on the weight's device. [], int32.
-        self.skipped: Tensor | None = None
-        # How FSDP2 spreads the weight.
-        self.spread = distributed.spread_of(entry.name, entry.param)
-
-    @property
-    def split(self) -> int | None:
-        """Dimension of the weight as [out, in] that is cut into parts: 0, 1 or None."""
-        if self.spread is None:
-            return None
-        return 1 if self.entry.transposed else 0
-
-    @property
-    def crosses(self) -> bool:
-        """Whether the cut goes through the projected side: each rank has some rows of P only."""
-        return self.split is not None and (self.side == "left") == (self.split == 0)
-
-    def cut(self, key: str) -> int | None:
-        """Dimension along which a tensor of its state is cut, or None for whole ones."""
-        if self.split is None or key == "basis":
-            return None
-        if self.side is None:
-            return 0
-        return None if self.crosses else self.split
-
-    def place(self) -> tuple[int, int]:
-        """Row and column of the whole weight with which this rank's part begins."""
-        if self.spread is None:
-            return 0, 0
-        shape, first = self.entry.param.shape, self.spread.first
-        if self.split == 1 or len(shape) < 2:
-            return 0, first
-        return first * math.prod(shape[1:-1]), 0
-
-    def part(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor as the parameter is stored, seen as [out, in]."""
-        return self.logical(distributed.local(tensor))
-
-    @property
-    def holder(self) -> Mapping[str, Any]:
-        """Where `weight` is looked up, under that name."""
-        if self.projection is None or self.entry.module is None or self.spread is not None:
-            # FSDP2's own parameter, even while what it gathered stands in its place.
-            return {"weight": self.entry.param}
-        return self.entry.module._parameters
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter that is updated, as its module holds it now."""
-        return cast(Tensor, self.holder["weight"])
-
-    @property
-    def key(self) -> str:
-        """Name of the parameter that has the state."""
-        if self.projection is None:
-            return self.entry.name
-        return f"{self.entry.name.rpartition('.')[0]}.{blocks.COORDINATES}"
-
-    @property
-    def sketches(self) -> bool:
-        """Whether its gradient is a sketch until the next step()."""
-        return self.projection is not None and self.projection.mode == projected.SKETCH
-
-    @property
-    def grad(self) -> Tensor | None:
-        """Its gradient, R or sketch."""
-        return self.sketch.grad if self.sketches and self.sketch is not None else self.param.grad
-
-    @property
-    def takers(self) -> list[nn.Parameter]:
-        """The parameters that take its gradients."""
-        return [self.param] if self.sketch is None else [self.param, self.sketch]
-
-    def install(self, config: OwLoreConfig) -> None:
-        """Makes the layer compute R."""
-        module = self.entry.module
-        if self.projection is None or module is None:
-            return
-        # Embedding and head always sketch: G of either is the largest tensor of all.
-        columns = 0
-        if config.refresh == "sketch" or self.always:
-            columns = min(config.sketch_columns * self.rank, *self.entry.shape)
-        dtype = _gradient_dtype(self, config, accumulates=False)
-        layer = projected.install(
-            module, self.side or "", self.rank, columns, self.entry.shape, dtype, self.spread
-        )
-        layer.recipe = (config.basis, config.power_iterations, config.oversampling)
-        self.projection = layer
-        self.param = cast(nn.Parameter, module._parameters[blocks.COORDINATES])
-        self.sketch = module._parameters.get(blocks.SKETCH)
-
-    def logical(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as [out, in] (a view)."""
-        return tensor.mT if self.entry.transposed else tensor
 
 
 class _Ready(NamedTuple):
@@ -176,7 +52,7 @@ class _Ready(NamedTuple):
 
     # Indices of the members in the bucket: those that have a gradient.
     have: tuple[int, ...]
-    members: list[_Member]
+    members: list[Member]
     states: list[dict[str, Any]]
     # Where each weight is looked up, and where it was.
     holders: list[Mapping[str, Any]]
@@ -200,7 +76,7 @@ class _Before(NamedTuple):
 class _Bucket:
     """Members that share one call of an op: same device, dtypes, group, path and decay."""
 
-    def __init__(self, members: list[_Member]) -> None:
+    def __init__(self, members: list[Member]) -> None:
         self.members = members
         self.params = [member.param for member in members]
         self.everyone = tuple(range(len(members)))
@@ -309,8 +185,8 @@ class OwLore(Optimizer):
         ranks = None
         if given.rank is not None and given.rank_distribution == "probability":
             ranks = sampling.spread_rank(p, given.rank)
-        members, dense = _choose_members(layout, given, before, ranks)
-        self._p = _without_frozen_blocks(p, members)
+        members, dense = choose_members(layout, given, before, ranks)
+        self._p = without_frozen_blocks(p, members)
         drawable = int((self._p > 0).sum())
         self._gamma = drawable if given.blocks == "all" else int(given.blocks)
         sampling.check_drawable(self._p, self._gamma)
@@ -333,7 +209,7 @@ class OwLore(Optimizer):
             if member.projection is not None:
                 self._flags.set(member.weight, False)
         self._sealed = False
-        super().__init__(_param_groups(members, given), {"lr": given.lr})
+        super().__init__(param_groups(members, given), {"lr": given.lr})
         self._sealed = True
         # A flattened distributed checkpoint takes the keys of the groups, of which this is one;
         # `state_dict` fills it.
@@ -360,7 +236,7 @@ class OwLore(Optimizer):
         self._buckets: list[_Bucket] | None = None
         # The states after the last step, in their order: prepared steps refer to these.
         self._states_stepped: list[dict[str, Any]] = []
-        self._pending: list[tuple[list[_Member], projection.DeferredFlags]] = []
+        self._pending: list[tuple[list[Member], projection.DeferredFlags]] = []
         self._energy: dict[str, Tensor] = {}
         # The step count on each device, and the one that is added to it.
         self._rng_steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -378,7 +254,7 @@ class OwLore(Optimizer):
         self._dense_path = dense
         for line in self.describe():
             logger.log(logging.WARNING if "not trained" in line else logging.INFO, line)
-        _warn_of_small_share(layout)
+        warn_of_small_share(layout)
 
     def _share(self, model: nn.Module) -> None:
         """Gets ready for training on several ranks."""
@@ -436,10 +312,7 @@ class OwLore(Optimizer):
 
     def describe(self) -> list[str]:
         """What trains how, what is frozen, and which ranks were clamped; one line each."""
-        return [
-            *_describe(self._layout, self._members, self.config, self._gamma),
-            *_describe_paths(self._members, self._dense_path),
-        ]
+        return describe(self._layout, self._members, self.config, self._gamma, self._dense_path)
 
     def energy(self) -> dict[str, float]:
         """Captured gradient energy ||P^T G||^2 / ||G||^2 of each active weight's basis.
@@ -488,7 +361,7 @@ class OwLore(Optimizer):
             return tuple(int(block) for block in np.flatnonzero(self._p))
         return sampling.draw(self._p, self._gamma, self.config.seed, index, self.config.draw)
 
-    def _is_active(self, member: _Member) -> bool:
+    def _is_active(self, member: Member) -> bool:
         return member.always or member.entry.block in self._active
 
     def _draw_is_due(self) -> bool:
@@ -547,14 +420,14 @@ class OwLore(Optimizer):
             cast(Any, self._model).disable_input_require_grads()
             self._inputs_needed_grads = True
 
-    def _leave(self, member: _Member) -> None:
+    def _leave(self, member: Member) -> None:
         self._energy.pop(member.entry.name, None)
         if self.config.state == "reset":
             self.state.pop(member.param, None)
         elif self.config.state == "offload" and member.param in self.state:
             self._move_state(member, _to_host)
 
-    def _enter(self, member: _Member) -> None:
+    def _enter(self, member: Member) -> None:
         state = self.state.get(member.param)
         if not state:
             return
@@ -623,14 +496,14 @@ class OwLore(Optimizer):
         for member in self._members:
             if member.projection is None:
                 continue
-            dtype = _gradient_dtype(member, self.config, self._accumulates)
+            dtype = member.gradient_dtype(self.config, self._accumulates)
             for param in member.takers:
                 if param.dtype != dtype:
                     grad, param.grad = param.grad, None
                     param.data = projected.zeros(tuple(param.shape), dtype, param.device)
                     param.grad = None if grad is None else grad.to(dtype)
 
-    def _move_state(self, member: _Member, move: Callable[[Tensor], Tensor]) -> None:
+    def _move_state(self, member: Member, move: Callable[[Tensor], Tensor]) -> None:
         state = self.state[member.param]
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -772,7 +645,7 @@ class OwLore(Optimizer):
                     member.projection.found = None
 
     def _build_buckets(self) -> list[_Bucket]:
-        shared: dict[tuple[Any, ...], list[_Member]] = {}
+        shared: dict[tuple[Any, ...], list[Member]] = {}
         for member in self._members:
             if self._is_active(member):
                 weight = member.weight
@@ -839,7 +712,7 @@ class OwLore(Optimizer):
             torch._foreach_zero_([ready.flags for _, ready, _ in stepped])
         return trained
 
-    def _inputs(self, bucket: _Bucket, members: list[_Member], grads: list[Tensor]) -> list[Tensor]:
+    def _inputs(self, bucket: _Bucket, members: list[Member], grads: list[Tensor]) -> list[Tensor]:
         """Gradients as the op takes them: G, or R, of this rank's part of each weight."""
         if not bucket.spread:
             if bucket.projects or not bucket.transposed:
@@ -854,7 +727,7 @@ class OwLore(Optimizer):
             for m, R in zip(members, whole, strict=True)
         ]
 
-    def _summed(self, members: list[_Member], parts: list[Tensor]) -> list[Tensor]:
+    def _summed(self, members: list[Member], parts: list[Tensor]) -> list[Tensor]:
         """R from parts of G: those of the projected side add up."""
         inputs = []
         for member, G in zip(members, parts, strict=True):
@@ -866,7 +739,7 @@ class OwLore(Optimizer):
         distributed.sum_together_(inputs, spread.shards)
         return inputs
 
-    def _basis_part(self, member: _Member) -> Tensor:
+    def _basis_part(self, member: Member) -> Tensor:
         """The rows of P that belong to this rank's part of the weight."""
         P = distributed.local(self.state[member.param]["basis"])
         if member.spread is None or not member.crosses:
@@ -942,13 +815,13 @@ class OwLore(Optimizer):
         addresses = [distributed.local(member.weight).data_ptr() for member in members]
         return _Ready(have, members, states, holders, addresses, steps, skipped, flags, step)
 
-    def _new_state(self, member: _Member) -> dict[str, Any]:
-        shape, dtype = _moment_spec(member, self.config)
+    def _new_state(self, member: Member) -> dict[str, Any]:
+        shape, dtype = member.moment_spec(self.config)
         device = member.weight.device
         state: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
-            "exp_avg": _zeros(member, "exp_avg", shape, dtype),
-            "exp_avg_sq": _zeros(member, "exp_avg_sq", shape, dtype),
+            "exp_avg": member.zeros("exp_avg", shape, dtype),
+            "exp_avg_sq": member.zeros("exp_avg_sq", shape, dtype),
         }
         if member.side is not None:
             # Minus one: no basis, or one that is due to be computed anew.
@@ -976,7 +849,7 @@ class OwLore(Optimizer):
         for bucket in self._buckets or ():
             bucket.ready = None
 
-    def _refresh(self, members: list[_Member]) -> None:
+    def _refresh(self, members: list[Member]) -> None:
         """Computes the bases of members that are due, from their gradients."""
         alone = [member for member in members if member.spread is not None]
         for member in alone:
@@ -998,7 +871,7 @@ class OwLore(Optimizer):
             Whether there was a sketch.
         """
         members = [m for m in bucket.members if m.sketches and m.grad is not None]
-        shapes: dict[torch.Size, list[_Member]] = {}
+        shapes: dict[torch.Size, list[Member]] = {}
         for member in members:
             shapes.setdefault(_grad(member).shape, []).append(member)
         for alike in shapes.values():
@@ -1013,7 +886,7 @@ class OwLore(Optimizer):
         return bool(members)
 
     def _refresh_bases(
-        self, members: list[_Member], matrices: list[Tensor]
+        self, members: list[Member], matrices: list[Tensor]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         config = self.config
         return projection.refresh_bases(
@@ -1030,7 +903,7 @@ class OwLore(Optimizer):
             oversampling=config.oversampling,
         )
 
-    def _adopt_found(self, members: list[_Member]) -> None:
+    def _adopt_found(self, members: list[Member]) -> None:
         """Takes over the bases that an exact refresh found in the backward pass."""
         members = [
             m for m in members if m.projection is not None and m.projection.found is not None
@@ -1041,7 +914,7 @@ class OwLore(Optimizer):
             self._adopt(members, list(bases), torch.stack(energies), torch.stack(finite))
 
     def _adopt(
-        self, members: list[_Member], new: list[Tensor], energies: Tensor, finite: Tensor
+        self, members: list[Member], new: list[Tensor], energies: Tensor, finite: Tensor
     ) -> None:
         """Makes new bases the members' bases, and their moments fit (`on_refresh`)."""
         config = self.config
@@ -1200,7 +1073,7 @@ class OwLore(Optimizer):
             away = self.config.state == "offload" and not self._is_active(member)
             device = torch.device("cpu") if away else member.weight.device
             self.state[member.param] = {
-                key: _adopted(member, key, value, device) if isinstance(value, Tensor) else value
+                key: member.adopted(key, value, device) if isinstance(value, Tensor) else value
                 for key, value in saved_state.items()
             }
             if away:
@@ -1245,7 +1118,7 @@ class OwLore(Optimizer):
             member = members.get(blocks.clean_name(name))
             if member is None:
                 raise ValueError(f"checkpoint: state of unknown parameter {name!r}")
-            _check_state(member, state, self.config)
+            member.check_state(state, self.config)
             states.append((member, state))
         self._undo_prepare()
         params = [param for member in self._members for param in member.takers]
@@ -1263,7 +1136,7 @@ class OwLore(Optimizer):
         for member, state in states:
             member.param.requires_grad_(True)
             self.state[member.param] = {
-                key: _zeros(member, key, tuple(value.shape), value.dtype)
+                key: member.zeros(key, tuple(value.shape), value.dtype)
                 if isinstance(value, Tensor)
                 else value
                 for key, value in state.items()
@@ -1310,7 +1183,7 @@ class OwLore(Optimizer):
 
     def _check_checkpoint(
         self, state_dict: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[tuple[_Member, dict[str, Any]]]]:
+    ) -> tuple[dict[str, Any], list[tuple[Member, dict[str, Any]]]]:
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
             raise ValueError("checkpoint: expected a dict with 'state' and 'param_groups'")
         saved_groups = state_dict["param_groups"]
@@ -1318,7 +1191,7 @@ class OwLore(Optimizer):
             raise ValueError("checkpoint: not written by OwLore (no 'owlore' entry in its groups)")
         counters = saved_groups[0][_CHECKPOINT]
         self._check_header(counters)
-        by_id: dict[int, _Member] = {}
+        by_id: dict[int, Member] = {}
         members = {id(member.param): member for member in self._members}
         names = [group["name"] for group in self.param_groups]
         saved_names = [group.get("name") for group in saved_groups]
@@ -1343,7 +1216,7 @@ class OwLore(Optimizer):
             if number not in by_id:
                 raise ValueError(f"checkpoint: state of unknown parameter {number!r}")
             member = by_id[number]
-            _check_state(member, state, self.config)
+            member.check_state(state, self.config)
             states.append((member, state))
         return counters, states
 
@@ -1379,286 +1252,6 @@ def _earlier_hooks(owner: nn.Module) -> dict[int, _DrawHook]:
     return {key: hook for key, hook in hooks if isinstance(hook, _DrawHook)}
 
 
-def _without_frozen_blocks(p: np.ndarray, members: list[_Member]) -> np.ndarray:
-    """Probabilities over the blocks that have a weight to train."""
-    trains = np.zeros(len(p), dtype=bool)
-    for member in members:
-        if member.entry.role == blocks.BLOCKS:
-            trains[member.entry.block] = True
-    left = np.where(trains, p, 0.0)
-    if left.sum() == 0:
-        raise ValueError(
-            "scores: every block with a probability above 0 has requires_grad=False in all of its "
-            "linear weights"
-        )
-    return left / left.sum() if not trains.all() else p
-
-
-def _choose_members(
-    layout: blocks.Layout,
-    config: OwLoreConfig,
-    trainable: dict[str, bool],
-    ranks: Sequence[int] | None,
-) -> tuple[list[_Member], dict[str, str]]:
-    """The parameters that train, in the model's order, each with side and rank.
-
-    Args:
-        layout: Where the model's parameters are.
-        config: The options.
-        trainable: Whether each parameter may train, by name.
-        ranks: Rank of each block's matrices, or None for the same in all.
-
-    Returns:
-        The members; and why the gradient of a low-rank weight is formed all the same, by name.
-    """
-    if layout.tied:
-        if config.embeddings != config.head:
-            raise ValueError(
-                "head: the LM head shares its weight with the embedding in this model, so "
-                f"embeddings and head must be the same, got {config.embeddings!r} and "
-                f"{config.head!r}"
-            )
-        if config.head == "lowrank":
-            raise ValueError(
-                "head: 'lowrank' is not possible where the LM head shares its weight with the "
-                "embedding; use 'full' or 'freeze'"
-            )
-    policy = {
-        blocks.BLOCKS: "full" if config.rank is None else "lowrank",
-        blocks.BLOCK_NORMS: config.norms,
-        blocks.EMBEDDINGS: config.embeddings,
-        blocks.HEAD: config.head,
-        blocks.NORM: config.norms,
-        blocks.OTHER: config.other,
-    }
-    sides = _sides(layout, config.side)
-    members = []
-    dense = {}
-    for entry in layout.entries:
-        choice = policy[entry.role]
-        if choice == "freeze" or not trainable[entry.name]:
-            continue
-        if choice == "lowrank" and entry.param.dim() == 2:
-            if config.rank is None:
-                raise ValueError(f"rank: {entry.role}='lowrank' needs a rank, got None")
-            own = config.rank if ranks is None or entry.block is None else ranks[entry.block]
-            rank = min(own, *entry.param.shape)
-            obstacle = None
-            if config.gradient == "projected":
-                obstacle = projected.obstacle(entry.module)
-                if obstacle is not None:
-                    dense[entry.name] = obstacle
-            projects = config.gradient == "projected" and obstacle is None
-            members.append(_Member(entry, sides[id(entry.param)], rank, projects))
-        else:
-            members.append(_Member(entry, None, 0, False))
-    if not any(member.entry.role == blocks.BLOCKS for member in members):
-        raise ValueError(
-            "model: every linear weight of its blocks has requires_grad=False, so there is nothing "
-            "to train; call model.requires_grad_(True), or detach() the optimizer used before"
-        )
-    return members, dense
-
-
-def _sides(layout: blocks.Layout, side: str) -> dict[int, str]:
-    """Projected side of each matrix; "auto" decides once for layers that may share an input.
-
-    Layers share an input if they hang on the same parent and have as many in features; they are
-    taken as one stacked weight [sum of m, n], whose "std" side all of them get.
-    """
-    stacked: dict[tuple[int | None, tuple[str, int] | None], int] = {}
-    matrices = [entry for entry in layout.entries if entry.param.dim() == 2]
-    for entry in matrices:
-        key = (entry.block, entry.siblings)
-        stacked[key] = stacked.get(key, 0) + entry.shape[0]
-    sides = {}
-    for entry in matrices:
-        m, n = entry.shape
-        if side == "auto":
-            if entry.siblings is not None:
-                m = stacked[(entry.block, entry.siblings)]
-            sides[id(entry.param)] = projection.choose_side(m, n, "std")
-        else:
-            sides[id(entry.param)] = projection.choose_side(m, n, side)
-    return sides
-
-
-def _param_groups(members: list[_Member], config: OwLoreConfig) -> list[dict[str, Any]]:
-    groups = []
-    for role in blocks.ROLES:
-        params = []
-        for member in (m for m in members if m.entry.role == role):
-            params.append((member.entry.name, member.param))
-            if member.sketch is not None:
-                params.append((f"{member.entry.name}.sketch", member.sketch))
-        lowrank = any(m.side is not None for m in members if m.entry.role == role)
-        dense = role != blocks.BLOCKS and not lowrank and config.dense_lr is not None
-        if params:
-            groups.append(
-                {
-                    "params": params,
-                    "name": role,
-                    "lr": config.dense_lr if dense else config.lr,
-                    "betas": config.betas,
-                    "eps": config.eps,
-                    "weight_decay": config.weight_decay,
-                    "scale": config.scale,
-                }
-            )
-    return groups
-
-
-def _gradient_dtype(member: _Member, config: OwLoreConfig, accumulates: bool) -> torch.dtype:
-    """Dtype of R."""
-    if member.weight.dtype == torch.float64:
-        return torch.float64
-    if member.spread is not None:
-        # A DTensor's dtype cannot change once a step accumulates.
-        return torch.float32
-    return torch.bfloat16 if config.moments == "bf16" and not accumulates else torch.float32
-
-
-def _moment_spec(member: _Member, config: OwLoreConfig) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of a member's moments."""
-    dtype = member.weight.dtype
-    if dtype == torch.float64:
-        moments = torch.float64
-    elif member.entry.role == blocks.BLOCKS or member.side is not None:
-        moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-    else:
-        auto = config.dense_moments == "auto" and dtype == torch.bfloat16
-        moments = torch.bfloat16 if auto or config.dense_moments == "bf16" else torch.float32
-    if member.side is None:
-        return tuple(member.weight.shape), moments
-    m, n = member.entry.shape
-    return ((member.rank, n) if member.side == "left" else (m, member.rank)), moments
-
-
-def _check_state(member: _Member, state: dict[str, Any], config: OwLoreConfig) -> None:
-    name = member.entry.name
-    shape, dtype = _moment_spec(member, config)
-    expected = {
-        "step": ((), torch.float32),
-        "exp_avg": (shape, dtype),
-        "exp_avg_sq": (shape, dtype),
-    }
-    if member.side is not None:
-        m, n = member.entry.shape
-        rows = m if member.side == "left" else n
-        expected["basis"] = ((rows, member.rank), member.weight.dtype)
-    ages = {"basis_age"} if member.side is not None else set()
-    if isinstance(state, dict) and set(state) == {"basis", "basis_age"} and ages:
-        # A sketch was taken and no step since.
-        expected = {"basis": expected["basis"]}
-    if not isinstance(state, dict) or set(state) != set(expected) | ages:
-        keys = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"checkpoint: {name}: expected {sorted(set(expected) | ages)}, got {keys}")
-    for key, (want_shape, want_dtype) in expected.items():
-        value = state[key]
-        got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
-        if got != (want_shape, want_dtype):
-            want = (want_shape, want_dtype)
-            raise ValueError(f"checkpoint: {name}.{key}: expected {want}, got {got}")
-    if ages and not isinstance(state["basis_age"], int):
-        raise ValueError(f"checkpoint: {name}.basis_age: expected a number")
-
-
-def _describe_paths(members: list[_Member], dense: dict[str, str]) -> list[str]:
-    """How many low-rank weights form no gradient, and which do, and why."""
-    lines = []
-    projects = sum(member.projection is not None for member in members)
-    if projects:
-        lines.append(f"{projects} weights take the projected path: their gradient is never formed")
-    reasons: dict[tuple[str, str], int] = {}
-    for name, reason in dense.items():
-        key = (_pattern(name), reason)
-        reasons[key] = reasons.get(key, 0) + 1
-    for (pattern, reason), count in reasons.items():
-        lines.append(f"{count} weights take the dense gradient path: {pattern} ({reason})")
-    return lines
-
-
-def _warn_of_small_share(layout: blocks.Layout) -> None:
-    """Warns of a model of whose block weights few fit the scheme, such as 3-D expert stacks."""
-    inside = [e for e in layout.entries if e.block is not None and e.param.dim() >= 2]
-    others = [entry for entry in inside if entry.role != blocks.BLOCKS]
-    total = sum(entry.param.numel() for entry in inside)
-    fits = total - sum(entry.param.numel() for entry in others)
-    if fits < _LEAST_SHARE * total:
-        kinds = sorted({_pattern(entry.name) for entry in others})
-        warnings.warn(
-            f"owlore: only {fits:,} of the blocks' {total:,} weights ({fits / total:.0%}) fit the "
-            f"scheme; the others are {', '.join(kinds)}",
-            stacklevel=3,
-        )
-
-
-def _describe(
-    layout: blocks.Layout, members: list[_Member], config: OwLoreConfig, gamma: int
-) -> list[str]:
-    lines = [
-        f"{len(layout.blocks)} decoder blocks in {layout.blocks_path}, {gamma} train at a time, "
-        f"drawn every {config.interval} steps"
-    ]
-    by_param = {id(member.entry.param): member for member in members}
-    for role in blocks.ROLES:
-        entries = [entry for entry in layout.entries if entry.role == role]
-        if not entries:
-            continue
-        low = [e for e in entries if (m := by_param.get(id(e.param))) and m.side is not None]
-        dense = [e for e in entries if (m := by_param.get(id(e.param))) and m.side is None]
-        frozen = [e for e in entries if id(e.param) not in by_param]
-        parts = [
-            f"{len(found)} {how} ({sum(e.param.numel() for e in found):,} weights)"
-            for found, how in ((low, "low-rank"), (dense, "dense"), (frozen, "frozen"))
-            if found
-        ]
-        lines.append(f"{role}: {', '.join(parts)}")
-        if frozen and role in (blocks.OTHER, blocks.BLOCKS):
-            kinds = sorted({_pattern(entry.name) for entry in frozen})
-            lines.append(f"{role}: not trained: {', '.join(kinds)}")
-    trained = {m.entry.block for m in members if m.entry.role == blocks.BLOCKS}
-    idle = sorted(set(range(len(layout.blocks))) - trained)
-    if idle:
-        numbers = ", ".join(map(str, idle))
-        lines.append(f"not trained, and never drawn: blocks {numbers}, whose weights are frozen")
-    if config.rank is not None and config.rank_distribution != "even":
-        ranks = [0] * len(layout.blocks)
-        for member in members:
-            if member.entry.block is not None:
-                ranks[member.entry.block] = max(ranks[member.entry.block], member.rank)
-        text = ", ".join(map(str, ranks))
-        lines.append(f"rank of each block: {text}; less where a weight's smaller side is less")
-        return lines
-    clamped: dict[str, int] = {}
-    for member in members:
-        if config.rank is not None and member.side is not None and member.rank < config.rank:
-            clamped[_pattern(member.entry.name)] = member.rank
-    for pattern, rank in clamped.items():
-        lines.append(f"rank {config.rank} is above the smaller side of {pattern}: {rank} is used")
-    return lines
-
-
-def _pattern(name: str) -> str:
-    """A parameter's name with '*' for the numbers in it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _zeros(member: _Member, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros for a tensor of a member's state, spread over ranks if its weight is."""
-    device = member.weight.device
-    if member.spread is None or not shape:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return member.spread.zeros(shape, dtype, device, member.cut(key))
-
-
-def _adopted(member: _Member, key: str, value: Tensor, device: torch.device) -> Tensor:
-    """A copy of a loaded tensor, spread over ranks if its weight is."""
-    if member.spread is None or not value.shape:
-        return distributed.whole(value).detach().to(device, copy=True)
-    return member.spread.adopt(value, device, member.cut(key))
-
-
 def _local_basis(state: dict[str, Any]) -> Tensor | None:
     basis = state.get("basis")
     return None if basis is None else distributed.local(basis)
@@ -1688,7 +1281,7 @@ def _has_moved(ready: _Ready) -> bool:
     return list(map(Tensor.data_ptr, held)) != ready.addresses
 
 
-def _grad(member: _Member) -> Tensor:
+def _grad(member: Member) -> Tensor:
     grad = member.grad
     assert grad is not None
     return grad

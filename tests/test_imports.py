@@ -28,7 +28,7 @@ LAYERS = (
         "checkpoints",
         "distributed",
     ),
-    ("optimizer",),
+    ("members", "optimizer"),
     ("trainer", "data", "models", "options", "report", "planner", "finetune"),
     ("cli", "__init__"),
     ("__main__",),
