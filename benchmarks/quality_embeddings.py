@@ -204,16 +204,18 @@ def jobs(
     """
     tasks, tests = TABLES[table]
     for task in tasks:
+        # Only these choose.
+        own = [row for row in done if (row["task"], row["split"]) == (task, PLANS[task].split)]
         if tests:
-            best = chosen(task, done, failed)
+            best, entries = chosen(task, own, failed), judged(task, own, failed)
             for seed in PLANS[task].test:
-                for method, variant, lr in judged(task, done, failed):
+                for method, variant, lr in entries:
                     key = (task, method, variant, lr, seed, "test")
                     yield key, best.get(method) == (variant, lr)
         else:
             for method, settings in SETTINGS.items():
                 for variant in settings.values():
-                    for key in tuning(task, method, variant, done, failed)[0]:
+                    for key in tuning(task, method, variant, own, failed)[0]:
                         yield key, False
 
 
