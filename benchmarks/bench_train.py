@@ -424,7 +424,7 @@ def measure(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -
     cuda = args.device == "cuda"
     rows, length = size(case, args.small)
     # Refreshes fall on steps 0, period and 2 period, draws on every multiple of it.
-    period = DRAW_STEPS if case.draws else 6 if rows == 1 and case.rounds == 1 else 4
+    period = DRAW_STEPS if case.draws else 4
     warm = 3
     steps = 2 * period + 1 if case.provider in OWLORE or rows == 1 else warm + 4
     if case.draws:
