@@ -28,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 # Compares bases and active blocks over ranks at each step.
 DEBUG = "OWLORE_DEBUG"
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
+# What torch.compile goes by, which cuts a graph wherever it expects one of DDP's buckets to end.
+_MARK = "_ddp_ignored"
 _OURS = "_owlore_hidden"
 # Gradients of at least as many bytes are averaged where they are; a copy would cost more than a
 # call of their own.
@@ -295,8 +297,14 @@ def hide_from_ddp(
     if ddp is not None:
         _rebuild(ddp, names)
     setattr(model, _IGNORED, _Hidden(before, names))
+    marked = [param for param in params if not hasattr(param, _MARK)]
+    for param in marked:
+        setattr(param, _MARK, True)
 
     def show() -> None:
+        for param in marked:
+            if hasattr(param, _MARK):
+                delattr(param, _MARK)
         if before is None:
             delattr(model, _IGNORED)
         else:
