@@ -4,7 +4,7 @@
     python benchmarks/bench_train.py --cases lora --budget 120 --no-plan --json some.json
     python benchmarks/bench_train.py --cases 8x512 --json benchmarks/results/h100/train_methods.json
     python benchmarks/bench_train.py --compile --json benchmarks/results/h100/train_compiled.json
-    python benchmarks/bench_train.py --plans some.json
+    python benchmarks/bench_train.py --plans benchmarks/results/h100/train*.json
     python benchmarks/bench_train.py --small --device cpu
 
 A step is forward, backward and the optimizer's real step on random tokens; weights are random and
@@ -14,11 +14,11 @@ model and must leave it so.
 
 peak_gib is torch.cuda.max_memory_allocated() from the fourth step on, over normal steps and, for
 owlore, two that refresh every active basis; planned_gib is what `owlore plan` says of the same
-case. step_ms is the median of normal steps, optimizer_ms the part of it after backward, refresh_ms
-what a refresh step takes beyond that. tokens_per_s belongs to the normal step; where refresh_every
-is set, every so many steps one refresh step is counted in. Steps of one sequence wait for the host,
-whose speed changes by the minute: what is compared there is measured again, after all else, in up
-to three rounds (round_ms), and medians are those of all steps.
+case, unless it is compiled. step_ms is the median of normal steps, optimizer_ms the part of it
+after backward, refresh_ms what a refresh step takes beyond that. tokens_per_s belongs to the normal
+step; where refresh_every is set, every so many steps one refresh step is counted in. Steps of one
+sequence wait for the host, whose speed changes by the minute: what is compared there is measured
+again, after all else, in up to three rounds (round_ms), and medians are those of all steps.
 
 Providers: owlore (backward computes low-rank gradients), owlore-dense (the same step from whole
 gradients), lisa (2 blocks, dense), galore-torch (its bases given: SVDs are not timed; svd_ms is one
@@ -170,7 +170,7 @@ def cases() -> list[Case]:
 def compiled_cases() -> list[Case]:
     """What --compile runs unless --cases selects: our rows and LoRA's, embedding and head frozen.
 
-    The drawn rows come last, with the most graphs.
+    Drawn rows, with the most graphs, and those without norms come after the others.
     """
     found = [
         replace(case, rounds=1)
@@ -179,7 +179,7 @@ def compiled_cases() -> list[Case]:
         and case.embeddings == case.norms.replace("full", "freeze") == "freeze"
         and case.chosen is None and (case.blocks == 32 or case.draws)
     ]  # fmt: skip
-    return sorted(found, key=lambda case: case.draws)
+    return sorted(found, key=lambda case: (case.norms == "freeze", case.draws))
 
 
 def shrunk(case: Case, blocks: int, of: int) -> Case:
@@ -597,10 +597,11 @@ def planned_gib(row: dict[str, Any], small: bool) -> float:
 
 def add_plans(rows: Sequence[dict[str, Any]], small: bool = False) -> None:
     """Fills in planned_gib, in processes of their own that see no GPU."""
-    workers = max(1, min(12, (os.cpu_count() or 2) - 1))
+    workers = min(12, os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, _hide_gpus) as pool:
-        ours = [row for row in rows if row.get("provider") in OWLORE]
+        # What a compiled block keeps for its backward is the compiler's choice.
+        ours = [row for row in rows if row.get("provider") in OWLORE and not row["compile"]]
         for row, future in [(row, pool.submit(planned_gib, row, small)) for row in ours]:
             row["planned_gib"] = future.result()
 
@@ -665,7 +666,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--no-plan", action="store_true", help="leave planned_gib out")
-    parser.add_argument("--plans", metavar="FILE", help="fill planned_gib into results and stop")
+    parser.add_argument(
+        "--plans", nargs="+", metavar="FILE", help="fill planned_gib into results and stop"
+    )  # fmt: skip
     parser.add_argument("--json")
     args = parser.parse_args()
     began = time.perf_counter()
@@ -677,11 +680,12 @@ def main() -> None:
     if args.list:
         print("\n".join(case.name for case in chosen))
         return
-    if args.plans:
-        rows = json.loads(Path(args.plans).read_text(encoding="utf-8"))
+    for path in args.plans or ():
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
         add_plans(rows)
-        common.write_rows(args.plans, rows)
+        common.write_rows(path, rows)
         compare(rows[1:])
+    if args.plans:
         return
     rows = [common.machine(args.device)]
     rows[0]["copy_TB_s"] = common.copy_bandwidth(args.device) / 1e12
