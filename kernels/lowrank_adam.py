@@ -874,7 +874,8 @@ def _update_kernel(
     row_end = tl.load(tile_ptr + 3)
     FLIPPED: tl.constexpr = LAYOUT == 1
     UNIT: tl.constexpr = 0 if LAYOUT == 1 else LAYOUT
-    cols_left = _field(row_ptr, _ROWS if FLIPPED else _COLS).to(tl.int32) - first_col
+    m, n = _sizes(row_ptr, ALIGNED)
+    cols_left = (m if FLIPPED else n) - first_col
     stride_m, stride_n = _strides(row_ptr, _W_STRIDE_M, LAYOUT, ALIGNED)
     if FLIPPED:
         stride_m = stride_n
