@@ -12,8 +12,6 @@ from owlore.data import Collator, read_jsonl, tokenize
 
 
 class Module(lightning.LightningModule):
-    """A causal language model that trains with OwLore."""
-
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model.train()
@@ -24,9 +22,10 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> OwLore:
+        # strategy.model: this module, in DDP where there are several GPUs.
         # scores="scores.json", of `owlore outliers`, draws by outlier score.
         options = {"distribution": "uniform", "embeddings": "freeze", "head": "freeze"}
-        return OwLore(self.model, lr=3e-4, blocks=5, rank=128, **options)
+        return OwLore(self.trainer.strategy.model, lr=3e-4, blocks=5, rank=128, **options)
 
 
 name, data, out = sys.argv[1:4]
@@ -37,4 +36,5 @@ rows = tokenize(read_jsonl(data), tokenizer, max_length=512).examples
 loader = DataLoader(rows, batch_size=8, shuffle=True, collate_fn=Collator.of(tokenizer))
 trainer = lightning.Trainer(max_epochs=1, default_root_dir=out, gradient_clip_val=1.0)
 trainer.fit(module, loader)
-module.model.save_pretrained(out)
+if trainer.is_global_zero:
+    module.model.save_pretrained(out)

@@ -89,6 +89,25 @@ def test_example_trains_on_two_ranks(name: str, base: Path, tmp_path: Path) -> N
     check_checkpoint(base / "model", out)
 
 
+def test_lightning_trains_on_two_ranks(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    # What Lightning chooses by itself where there are two GPUs.
+    example = (EXAMPLES / "lightning_module.py").read_text()
+    start = tmp_path / "start.py"
+    call = "lightning.Trainer("
+    assert call in example
+    start.write_text(example.replace(call, f"{call}accelerator='cpu', devices=2, strategy='ddp', "))
+    out = tmp_path / "out"
+    subprocess.run(
+        [sys.executable, str(start), str(base / "model"), str(base / "rows.jsonl"), str(out)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    check_checkpoint(base / "model", out)
+
+
 def check_checkpoint(start: Path, out: Path) -> None:
     """Five of the six blocks moved, and nothing else did but norms."""
     from transformers import AutoModelForCausalLM
