@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -222,6 +222,76 @@ class Addresses:
         return array
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one, if it is not."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@triton.jit
+def _count_kernel(tiles_ptr, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts a step.
+
+        steps <- steps + 1,  skipped <- skipped + flags,  flags <- 0,  clock <- clock + 1
+
+    Program i does so for row i: the three vectors' addresses, their length, and a clock's or zero.
+    """
+    row_ptr = tiles_ptr + tl.program_id(0) * FIELDS
+    steps_ptr = pointer(row_ptr, 0, tl.float32, False)
+    skipped_ptr = pointer(row_ptr, 1, tl.int32, False)
+    flags_ptr = pointer(row_ptr, 2, tl.int32, False)
+    count = tl.load(row_ptr + 3).to(tl.int32)
+    if tl.load(row_ptr + 4) != 0:
+        clock_ptr = pointer(row_ptr, 4, tl.int32, False)
+        tl.store(clock_ptr, tl.load(clock_ptr) + 1)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < count
+        tl.store(steps_ptr + at, tl.load(steps_ptr + at, mask=mask, other=0.0) + 1.0, mask=mask)
+        skipped = tl.load(skipped_ptr + at, mask=mask, other=0)
+        skipped += tl.load(flags_ptr + at, mask=mask, other=0)
+        tl.store(skipped_ptr + at, skipped, mask=mask)
+        tl.store(flags_ptr + at, tl.zeros([BLOCK], tl.int32), mask=mask)
+
+
+class Counting:
+    """`owlore.reference.count_` on the same vectors and clocks of a device, in one launch.
+
+    It knows addresses, not tensors: the caller keeps the tensors in their places.
+
+    Args:
+        steps: Vectors of step counts. float32.
+        skipped: Vectors of how many of them skipped something. int32.
+        flags: Vectors of those that skipped something since. int32.
+        clocks: Numbers to count up, too. [], int32.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Tensor],
+        skipped: Sequence[Tensor],
+        flags: Sequence[Tensor],
+        clocks: Sequence[Tensor],
+    ) -> None:
+        self._device = (*clocks, *steps)[0].device
+        rows = [[0] * 5 for _ in range(max(len(steps), len(clocks)))]
+        for row, *vectors in zip(rows, steps, skipped, flags, strict=False):
+            row[:4] = [*(x.data_ptr() for x in vectors), vectors[0].numel()]
+        for row, clock in zip(rows, clocks, strict=False):
+            row[4] = clock.data_ptr()
+        self._table = upload(torch.tensor(rows, dtype=torch.int64), self._device)
+        constants = {"FIELDS": 5, "BLOCK": 256, "num_warps": 4}
+        self._launch = Launch(_count_kernel, self._table, constants)
+
+    def __call__(self) -> None:
+        """Counts."""
+        if is_capturing(self._device):
+            keep(self._launch)
+        with on(self._device):
+            self._launch(0, {})
+
+
 class Prepared:
     """A step on the same tensors again and again, of which only the gradients move.
 
@@ -296,7 +366,7 @@ class Prepared:
         device = self._device
         capturing = is_capturing(device)
         kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in (lr, nonfinite, rng_step)])
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(device):
             values = {
                 **scalars(beta1, beta2, eps, weight_decay, self._seed), "scale": float(scale),
                 "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,

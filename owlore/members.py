@@ -30,6 +30,7 @@ class Member:
     __slots__ = (
         "always",
         "entry",
+        "flag",
         "group",
         "param",
         "projection",
@@ -52,8 +53,10 @@ class Member:
         self.always = entry.block is None
         self.stream = zlib.crc32(entry.name.encode())
         self.group: dict[str, Any] = {}
-        # Steps in which non-finite gradients were skipped, on the weight's device. [], int32.
+        # Steps before the last one in which non-finite gradients were skipped, and whether the last
+        # one skipped some, on the weight's device. [], int32.
         self.skipped: Tensor | None = None
+        self.flag: Tensor | None = None
         # How FSDP2 spreads the weight.
         self.spread = distributed.spread_of(entry.name, entry.param)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -347,6 +348,47 @@ def adamw_(
         first_rows=first_rows,
         first_columns=first_columns,
     )
+
+
+class Counting:
+    """`owlore.reference.count_` on the same tensors step after step, one launch for each GPU.
+
+    Args:
+        steps: Vectors of step counts. float32.
+        skipped: Vectors of how often something was skipped. int32.
+        flags: Vectors of what was skipped in the last step. int32.
+        clocks: Numbers to count up, too. [], int32.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Tensor],
+        skipped: Sequence[Tensor],
+        flags: Sequence[Tensor],
+        clocks: Sequence[Tensor],
+    ) -> None:
+        self._lists = (list(steps), list(skipped), list(flags), list(clocks))
+        self._counts: list[Callable[[], None]] = []
+        for device in dict.fromkeys(x.device for x in (*steps, *clocks)):
+            here = [[x for x in xs if x.device == device] for xs in self._lists]
+            kernel = _kernel("common") if device.type == "cuda" else None
+            if kernel is None or isinstance(kernel, ImportError):
+                self._counts.append(functools.partial(reference.count_, *here))
+            else:
+                self._counts.append(kernel.Counting(*here))
+
+    def covers(self, steps: Sequence[Tensor], clocks: Sequence[Tensor]) -> bool:
+        """Whether these very vectors and clocks are the ones that it counts."""
+        mine = (self._lists[0], self._lists[-1])
+        return all(
+            len(own) == len(given) and all(map(operator.is_, own, given))
+            for own, given in zip(mine, (steps, clocks), strict=True)
+        )
+
+    def __call__(self) -> None:
+        """Counts."""
+        for count in self._counts:
+            count()
 
 
 class _Step:

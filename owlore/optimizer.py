@@ -238,8 +238,9 @@ class OwLore(Optimizer):
         self._states_stepped: list[dict[str, Any]] = []
         self._pending: list[tuple[list[Member], projection.DeferredFlags]] = []
         self._energy: dict[str, Tensor] = {}
-        # The step count on each device, and the one that is added to it.
-        self._rng_steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        # The number of steps before the present one, on each device.
+        self._rng_steps: dict[torch.device, Tensor] = {}
+        self._counting: ops.Counting | None = None
         self._lrs: dict[tuple[str, torch.device], tuple[Tensor, float]] = {}
         self._warned: set[str] = set()
         # Names and numbers of skipped gradients as of the last draw, until a step() reported them.
@@ -330,7 +331,13 @@ class OwLore(Optimizer):
         return {name: count for name, count in _read_together(self._skip_counts()).items() if count}
 
     def _skip_counts(self) -> dict[str, Tensor]:
-        return {m.entry.name: m.skipped for m in self._members if m.skipped is not None}
+        counted = [m for m in self._members if m.skipped is not None and m.flag is not None]
+        if not counted:
+            return {}
+        before = [cast(Tensor, member.skipped) for member in counted]
+        last = [cast(Tensor, member.flag) for member in counted]
+        totals = torch._foreach_add(before, last)
+        return {m.entry.name: total for m, total in zip(counted, totals, strict=True)}
 
     def memory(self) -> dict[str, int]:
         """Bytes held now.
@@ -657,7 +664,7 @@ class OwLore(Optimizer):
         return [_Bucket(members) for members in shared.values()]
 
     def _step_buckets(self, buckets: list[_Bucket]) -> bool:
-        """Steps with every gradient that there is; what is counted takes three launches in all.
+        """Steps with every gradient that there is.
 
         Returns:
             Whether a block was trained.
@@ -685,8 +692,7 @@ class OwLore(Optimizer):
                 stepped.append((bucket, ready, grads))
         if not same or len(states) != len(before):
             self._states_stepped = list(states)
-        if stepped:
-            torch._foreach_add_([ready.steps for _, ready, _ in stepped], 1)
+        self._count([ready for _, ready, _ in stepped])
         for bucket, ready, found in stepped:
             first = ready.members[0]
             group = first.group
@@ -704,13 +710,15 @@ class OwLore(Optimizer):
             )
             if first.side is not None:
                 self._grow_older(ready.states)
-        counted = [(ready.skipped, ready.flags) for _, ready, _ in stepped]
-        counted += self._rng_steps.values()
-        if counted:
-            torch._foreach_add_(*zip(*counted, strict=True))
-        if stepped:
-            torch._foreach_zero_([ready.flags for _, ready, _ in stepped])
         return trained
+
+    def _count(self, readies: list[_Ready]) -> None:
+        """Counts the step, and what the one before skipped."""
+        steps, clocks = [ready.steps for ready in readies], list(self._rng_steps.values())
+        if self._counting is None or not self._counting.covers(steps, clocks):
+            skipped, flags = [ready.skipped for ready in readies], [r.flags for r in readies]
+            self._counting = ops.Counting(steps, skipped, flags, clocks)
+        self._counting()
 
     def _inputs(self, bucket: _Bucket, members: list[Member], grads: list[Tensor]) -> list[Tensor]:
         """Gradients as the op takes them: G, or R, of this rank's part of each weight."""
@@ -764,12 +772,13 @@ class OwLore(Optimizer):
         device = first.weight.device
         rng_step = self._device_clock(device)
         flags = torch.zeros(len(members), dtype=torch.int32, device=device)
-        skipped = torch.stack(
-            [f if m.skipped is None else m.skipped for m, f in zip(members, flags, strict=True)]
-        )
+        zero = torch.zeros((), dtype=torch.int32, device=device)
+        before = [zero if member.skipped is None else member.skipped for member in members]
+        last = [zero if member.flag is None else member.flag for member in members]
+        skipped = torch.stack(before) + torch.stack(last)
         steps = torch.stack([state["step"] for state in states])
         for i, (member, state) in enumerate(zip(members, states, strict=True)):
-            state["step"], member.skipped = steps[i], skipped[i]
+            state["step"], member.skipped, member.flag = steps[i], skipped[i], flags[i]
         lr = self._device_lr(first.group, device)
         params = [member.part(member.weight.detach()) for member in members]
         exp_avgs = [distributed.local(state["exp_avg"]) for state in states]
@@ -951,11 +960,11 @@ class OwLore(Optimizer):
         self._pending.clear()
 
     def _device_clock(self, device: torch.device) -> Tensor:
-        """The number of steps taken, on a device."""
+        """The number of steps taken, on a device: right once the present one is counted."""
         if device not in self._rng_steps:
-            clock = torch.full((), self._steps, dtype=torch.int32, device=device)
-            self._rng_steps[device] = clock, torch.ones_like(clock)
-        return self._rng_steps[device][0]
+            clock = torch.full((), self._steps - 1, dtype=torch.int32, device=device)
+            self._rng_steps[device] = clock
+        return self._rng_steps[device]
 
     def _device_lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
         key = (group["name"], device)
@@ -1105,7 +1114,7 @@ class OwLore(Optimizer):
         self._energy.clear()
         self._rng_steps.clear()
         for member in self._members:
-            member.skipped = None
+            member.skipped = member.flag = None
 
     @torch.no_grad()
     def prepare_load(self, checkpoint: Any) -> None:

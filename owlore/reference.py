@@ -228,6 +228,27 @@ def _place(firsts: Sequence[int], i: int) -> int:
     return firsts[i] if firsts else 0
 
 
+def count_(
+    steps: Sequence[Tensor],
+    skipped: Sequence[Tensor],
+    flags: Sequence[Tensor],
+    clocks: Sequence[Tensor],
+) -> None:
+    """Begins a step: counts it, and what was skipped in the one before.
+
+    Args:
+        steps: Vectors of step counts, increased by one. float32.
+        skipped: Vectors to which the flags are added. int32, shapes of `steps`.
+        flags: Vectors with 1 where something was skipped, set to zero. int32, shapes of `steps`.
+        clocks: Numbers that are increased by one. [] each, int32.
+    """
+    if steps or clocks:
+        torch._foreach_add_([*steps, *clocks], 1)
+    if steps:
+        torch._foreach_add_(list(skipped), list(flags))
+        torch._foreach_zero_(list(flags))
+
+
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

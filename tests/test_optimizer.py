@@ -958,6 +958,26 @@ def test_a_step_counts_in_three_launches(tiny_llama, gradient, monkeypatch):
     assert seen.names == ["_foreach_add_.Scalar", "_foreach_add_.List", "_foreach_zero_.default"]
 
 
+def test_random_bits_follow_the_step_count(tiny_llama, monkeypatch):
+    optimizer = OwLore(tiny_llama, **SMALL)
+    seen = []
+    call = ops._Step.__call__
+
+    def spy(self, grads, **hyper):
+        seen.append(int(self._scalars[2]))
+        call(self, grads, **hyper)
+
+    monkeypatch.setattr(ops._Step, "__call__", spy)
+    for step in range(3):
+        train_step(tiny_llama, optimizer, step)
+    resumed = OwLore(tiny_llama, **SMALL)
+    resumed.load_state_dict(optimizer.state_dict())
+    for step in range(3, 5):
+        train_step(tiny_llama, resumed, step)
+    # The buckets of a step: block weights, their norms, embedding, head and final norm.
+    assert seen == [step for step in range(5) for _ in range(5)]
+
+
 def test_a_state_replaced_while_its_parameter_rests_is_used(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     train_step(tiny_llama, optimizer, 0)
