@@ -690,7 +690,7 @@ def main() -> None:
     rows = [common.machine(args.device)]
     rows[0]["copy_TB_s"] = common.copy_bandwidth(args.device) / 1e12
     common.show(rows[0])
-    model, built, bare, svds = None, "", 0, {}
+    model, built, bare, svds, failed = None, "", 0, {}, 0
     measured: dict[Case, list[Round]] = {}
     found: dict[Case, dict[str, Any]] = {}
     # A model at a time; within it all first rounds before any second one.
@@ -720,9 +720,11 @@ def main() -> None:
             except ImportError as error:
                 print(f"{case.name}: {error}", flush=True)
                 continue
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
                 # What the case left on the model is gone with it.
-                print(f"{case.name}: out of memory", flush=True)
+                short = isinstance(error, torch.OutOfMemoryError)
+                print(f"{case.name}: {'out of memory' if short else error}", flush=True)
+                failed += not short
                 model, built = None, ""
                 continue
             row = made_row(run, measured[case], args)
@@ -741,6 +743,8 @@ def main() -> None:
         common.write_rows(args.json, rows)
     compare(rows[1:])
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"{failed} cases failed")
 
 
 if __name__ == "__main__":

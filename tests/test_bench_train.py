@@ -222,6 +222,29 @@ def figures(bench: Any) -> Any:
     return importlib.import_module("figures")
 
 
+def test_a_case_that_fails_leaves_the_others(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "train.json"
+    words = ["--small", "--device", "cpu", "--no-plan", "--json", str(out), "--cases"]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *words, "8x512/peft", "8x512/embed"])
+    measure = bench.measure
+
+    def fails(case: Any, *args: Any) -> Any:
+        if case.provider == "peft-lora":
+            raise RuntimeError("the loss is nan")
+        return measure(case, *args)
+
+    monkeypatch.setattr(bench, "measure", fails)
+    with pytest.raises(SystemExit, match="3 cases failed"):
+        bench.main()
+    assert "peft-lora/32-blocks/freeze/bf16/std/checkpointed: the loss is nan" in (
+        capsys.readouterr().out
+    )
+    rows = json.loads(out.read_text())[1:]
+    assert [row["provider"] for row in rows] == ["embed-head-only"] * 3
+
+
 def row(**changes: Any) -> dict[str, Any]:
     """A row of ours of the benchmark, 32 blocks beside LoRA's shape."""
     return {
