@@ -34,6 +34,11 @@ class Saved:
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+def holds_state(folder: Path) -> bool:
+    """Whether a trainer's checkpoint folder has an optimizer's state, of whatever kind."""
+    return any((folder / name).exists() for name in (*_FILES, *_FOLDERS, ".metadata"))
+
+
 def read(checkpoint: Any) -> Saved:
     """Reads counters, and names, shapes and dtypes of the state of an OwLore optimizer.
 

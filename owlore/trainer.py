@@ -1,18 +1,23 @@
 """The glue for Hugging Face's Trainer, and for accelerate.
 
 `Trainer(model=..., optimizer_cls_and_kwargs=(OwLoreFactory, {"lr": 3e-4}))` trains with OwLore,
-`log_to(trainer)` logs what it does. With `fsdp` call `shard_first(trainer)` before `train()`, in a
-loop with accelerate `shard_with(accelerator, model)` before OwLore is built.
+`log_to(trainer)` logs what it does, and looks at a checkpoint before it is loaded. With `fsdp` call
+`shard_first(trainer)` before `train()`, in a loop with accelerate `shard_with(accelerator, model)`
+before OwLore is built.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import Unpack
 
+from owlore import checkpoints
 from owlore.config import Options, OwLoreConfig
 from owlore.optimizer import OwLore, prepare_load
 
@@ -75,11 +80,41 @@ def log_values(optimizer: OwLore) -> dict[str, float]:
 def log_to(trainer: Trainer) -> None:
     """Puts active blocks and captured gradient energy into a Trainer's logs, TensorBoard included.
 
+    A checkpoint to resume from is looked at before it is loaded: one that is damaged, or was not
+    written by OwLore, raises ValueError; one without an optimizer's state, with which the Trainer
+    would go on without a word, warns.
+
     Args:
         trainer: A Trainer whose optimizer is (or will be) an `OwLore`.
     """
     # The first callback: those that write logs out run after it and see its keys.
     trainer.callback_handler.callbacks.insert(0, _LogCallback())
+
+    def look(checkpoint: str) -> None:
+        if not isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), OwLore):
+            return
+        if checkpoints.holds_state(Path(checkpoint)):
+            checkpoints.read(checkpoint)
+            return
+        warnings.warn(
+            f"owlore: {checkpoint} holds no state of an optimizer (save_only_model?): moments, "
+            "draws and their clock begin anew",
+            stacklevel=2,
+        )
+
+    _before_loading(trainer, look)
+
+
+def _before_loading(trainer: Trainer, first: Callable[[str], None]) -> None:
+    """Calls something before a Trainer loads its optimizer's state from a checkpoint."""
+    load = trainer._load_optimizer_and_scheduler
+
+    def prepared(checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            first(checkpoint)
+        load(checkpoint)
+
+    trainer._load_optimizer_and_scheduler = prepared
 
 
 def shard_with(accelerator: Any, model: nn.Module) -> None:
@@ -124,11 +159,4 @@ def shard_first(trainer: Trainer) -> None:
         ValueError: It has no FSDP2, or one that checkpoints activations itself.
     """
     shard_with(trainer.accelerator, trainer.model)
-    load = trainer._load_optimizer_and_scheduler
-
-    def prepared(checkpoint: Any) -> None:
-        if checkpoint is not None:
-            prepare_load(trainer.optimizer, checkpoint)
-        load(checkpoint)
-
-    trainer._load_optimizer_and_scheduler = prepared
+    _before_loading(trainer, lambda checkpoint: prepare_load(trainer.optimizer, checkpoint))

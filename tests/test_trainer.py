@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -416,6 +417,34 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     trainer = build(tmp_path / "resumed", tiny_models.build("llama"), {"rank": 2})
     with pytest.raises(ValueError, match=r"checkpoint: .* rank \(checkpoint 3, here 2\)"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_is_looked_at_before_it_is_loaded(tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(build(tmp_path, tiny_models.build("llama"), **saves))
+    saved = tmp_path / "checkpoint-2"
+
+    def resume(folder: Path, looks: bool = True) -> OwLore:
+        trainer = build(tmp_path / "resumed", tiny_models.build("llama"), max_steps=3)
+        if looks:
+            log_to(trainer)
+        return train(trainer, resume_from_checkpoint=str(folder))
+
+    assert resume(saved).steps == 3
+    damaged = shutil.copytree(saved, tmp_path / "damaged")
+    content = (saved / "optimizer.pt").read_bytes()
+    (damaged / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint: .*optimizer.pt is damaged"):
+        resume(damaged)
+    adamw = tiny_models.build("llama")
+    torch.save(torch.optim.AdamW(adamw.parameters()).state_dict(), damaged / "optimizer.pt")
+    with pytest.raises(ValueError, match="checkpoint: not written by OwLore"):
+        resume(damaged)
+    # As save_only_model leaves it: the Trainer goes on without a word.
+    (damaged / "optimizer.pt").unlink()
+    assert resume(damaged, looks=False).steps == 1
+    with pytest.raises(UserWarning, match=r"owlore: .* holds no state of an optimizer"):
+        resume(damaged)
 
 
 # Logs.

@@ -119,6 +119,41 @@ def test_sigterm_on_two_ranks_loses_nothing(tmp_path):
         assert_equal(again, want, "resumed")
 
 
+def run_saved_loop(folder: str, options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """A loop with accelerate that saves on the way, and one that goes on from there."""
+    ends = []
+    for begin in (0, 5):
+        model = tiny_models.build("llama").bfloat16()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = OwLore(model, **OPTIONS | options)
+        wrapped, outer = accelerator.prepare(model, optimizer)
+        if begin:
+            accelerator.load_state(folder)
+            assert optimizer.steps == begin
+        for step in range(begin, STEPS):
+            if step == 5 and not begin:
+                accelerator.save_state(folder)
+            for micro in range(2):
+                batch = tiny_models.batch(seed=4 * step + 2 * micro + accelerator.process_index)
+                with accelerator.accumulate(wrapped):
+                    accelerator.backward(wrapped(**batch).loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), 0.3)
+                    outer.step()
+                    outer.zero_grad()
+        ends.append([dict(model.state_dict()), optimizer.state_dict(), optimizer.draws()])
+    return ends[0], ends[1]
+
+
+def test_a_loop_with_accelerate_goes_on_from_what_it_saved(tmp_path):
+    options = {"interval": 3, "refresh_interval": 2, "state": "keep"}
+    first, second = ranks.run(run_saved_loop, str(tmp_path), options)
+    for whole, again in (first, second):
+        assert_equal(again, whole, "resumed")
+        assert_equal(whole, first[0], "ranks")
+    assert len({drawn for _, drawn in first[0][2]}) > 1
+
+
 # accelerate's FSDP2.
 
 
