@@ -173,7 +173,7 @@ def spread_of(name: str, param: nn.Parameter) -> Spread | None:
 
 
 def refuse_flat_shards(model: nn.Module) -> None:
-    """Raises ValueError for wrappers that hand an optimizer flat, one-dimensional shards."""
+    """Raises ValueError for flat, one-dimensional shards, and for those kept in host memory."""
     for module in (model, *model.modules()):
         kind = type(module)
         if kind.__name__ == "FullyShardedDataParallel":
@@ -185,6 +185,14 @@ def refuse_flat_shards(model: nn.Module) -> None:
             raise ValueError(_NO_ZERO)
     if any(hasattr(param, "ds_id") for param in model.parameters()):
         raise ValueError(_NO_ZERO)
+    params = (param for group in _fsdp_groups(model) for param in group.fsdp_params)
+    if any(param.offload_to_cpu for param in params):
+        raise ValueError(
+            "model: fully_shard with CPUOffloadPolicy keeps weights in host memory, and OwLore "
+            "updates them where they are computed with; shard without offload_policy "
+            "(offload_params: false in accelerate): OwLore's own state is small, and "
+            "state='offload' moves it"
+        )
 
 
 _NO_ZERO = (

@@ -934,7 +934,13 @@ def run_wrong_orders() -> list[str]:
         parallelize_module(model.model.layers[0].mlp, mesh((2,)), {"down_proj": RowwiseParallel()})
         OwLore(model, **OPTIONS)
 
-    for build in (outer, late, nothing_left, forgotten, two_cuts, tensor_parallel):
+    def in_host_memory() -> None:
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+        OwLore(fully_shard(llama(), offload_policy=CPUOffloadPolicy(False)), **OPTIONS)
+
+    builds = (outer, late, nothing_left, forgotten, two_cuts, tensor_parallel, in_host_memory)
+    for build in builds:
         attempt(build)
     return messages
 
@@ -947,6 +953,7 @@ def test_wrong_orders_and_wrappers_say_what_to_do():
         "wrap the model anew",
         "refused twice",
         "without tensor parallelism",
+        "shard without offload_policy",
     ]
     for messages in ranks.run(run_wrong_orders):
         for message, want in zip(messages, wants, strict=True):
