@@ -193,6 +193,7 @@ CONTROLS = [
     *(
         ("owlore", variant)
         for variant in (
+            "blocks=all,embeddings=freeze,head=freeze,norms=freeze",
             "blocks=all,dense_lr=lr/3", "blocks=all,embeddings=freeze,head=freeze,rank=32",
             "blocks=all,embeddings=freeze,head=freeze,rank=64", "dense_lr=lr/3",
             "blocks=10,dense_lr=lr/3", "blocks=10,embeddings=freeze,head=freeze",
