@@ -8,7 +8,7 @@
     python benchmarks/quality.py run gsm8k-validation gsm8k --data DATA --rows FILE
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
     python benchmarks/quality.py run folds folds-test text-validation text \
-        gsm8k-embeddings-validation gsm8k-embeddings --data DATA --rows FILE
+        gsm8k-embeddings-validation gsm8k-embeddings norms --data DATA --rows FILE
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h200x4/quality.json
@@ -105,7 +105,7 @@ NEEDS = {
 }
 TABLES = (
     "validation", "test", "embeddings-validation", "embeddings", "distributions", "controls",
-    "gsm8k-validation", "gsm8k", "refresh", *quality_embeddings.TABLES,
+    "gsm8k-validation", "gsm8k", "refresh", *quality_embeddings.TABLES, "norms",
 )  # fmt: skip
 # Tables that run one seed after another, so that a short one has all rows.
 SEEDWISE = ("controls", "distributions", "refresh", "folds-test", "text", "gsm8k-embeddings")
@@ -193,7 +193,6 @@ CONTROLS = [
     *(
         ("owlore", variant)
         for variant in (
-            "blocks=all,embeddings=freeze,head=freeze,norms=freeze",
             "blocks=all,dense_lr=lr/3", "blocks=all,embeddings=freeze,head=freeze,rank=32",
             "blocks=all,embeddings=freeze,head=freeze,rank=64", "dense_lr=lr/3",
             "blocks=10,dense_lr=lr/3", "blocks=10,embeddings=freeze,head=freeze",
@@ -290,6 +289,11 @@ def jobs(
         ]
         for seed in range(5):
             yield from (Job(task, *rate, seed, "test") for rate in rates)
+    elif table == "norms":
+        for method, variant, lr in quality_embeddings.judged(task, done, failed):
+            if method == "owlore" and quality_embeddings.FROZEN in variant:
+                for seed in quality_embeddings.PLANS[task].test:
+                    yield Job(task, method, f"{variant},norms=freeze", lr, seed, "test")
     elif table.endswith("validation"):
         for method in MAIN:
             yield from validation_jobs(task, method, done, failed)

@@ -484,6 +484,9 @@ def test_each_setting_of_the_embeddings_has_a_rate_of_its_own() -> None:
     test = next_rows("folds-test", rows)
     assert [job.seed for job in test] == [s for s in range(5, 10) for _ in range(3)]
     assert {(job.variant, job.lr) for job in test if job.chosen} == {(frozen, 3e-3)}
+    assert [job.key for job in next_rows("norms", rows)] == [
+        ("commonsense", "owlore", f"{frozen},norms=freeze", 3e-3, s, "test") for s in range(5, 10)
+    ]
     # Of the rivals but full fine-tuning only the chosen setting is tested.
     rivals = []
     while todo := [
