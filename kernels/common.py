@@ -85,6 +85,12 @@ def remember(cache: dict, key: object, value: object, most: int) -> None:
     cache[key] = value
 
 
+def current_stream(device: torch.device) -> int:
+    """Handle of a device's current stream."""
+    # Triton asks for the handle alone, where torch makes an object of the stream.
+    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+
+
 _arenas: dict[tuple[torch.device, int], Tensor] = {}
 _captured: list[object] = []
 
@@ -95,8 +101,7 @@ def arena(device: torch.device, size: int) -> Tensor:
     All launches on a stream run after each other, so they share it: were each set of blocks to keep
     scratch of its own, the memory would grow with every draw.
     """
-    # Triton asks for the handle alone, where torch makes an object of the stream.
-    stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    stream = current_stream(device)
     held = _arenas.get((device, stream))
     if held is None or held.numel() < size:
         held = torch.empty(size, dtype=torch.uint8, device=device)
@@ -108,7 +113,8 @@ class Launch:
     """One launch of a kernel over its tiles, made again and again with other tables and scalars.
 
     From the second time on the compiled kernel is started as it is: Triton's own way looks at every
-    argument and takes several times as long.
+    argument and takes several times as long. It is given addresses, of which it asks the driver
+    nothing.
 
     Args:
         kernel: The kernel.
@@ -119,31 +125,36 @@ class Launch:
     def __init__(self, kernel: Any, tiles: Tensor | None, constants: dict[str, Any]) -> None:
         self._kernel = kernel
         self._tiles = tiles
+        self._tiles_address = 0 if tiles is None else tiles.data_ptr()
         self._grid = (1 if tiles is None else tiles.shape[0], 1, 1)
         self._constants = constants
         self._names = [name for name in kernel.arg_names if name not in constants]
         self._tail = [constants[name] for name in kernel.arg_names if name in constants]
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, kind: Hashable, values: dict[str, Any]) -> None:
+    def __call__(
+        self, kind: Hashable, values: dict[str, Any], tensors: dict[str, Tensor], stream: int
+    ) -> None:
         """Launches.
 
         Args:
             kind: What the types and alignments of the arguments follow from.
-            values: Arguments by name; those the kernel does not have are left out.
+            values: Arguments by name, addresses of tensors; those the kernel does not have are left
+                out.
+            tensors: The tensors by name.
+            stream: Handle of the device's current stream.
         """
-        values["tiles_ptr"] = self._tiles
-        arguments = [values[name] for name in self._names]
         start = self._compiled.get(kind)
         if start is not None:
-            start(*arguments, *self._tail)
+            values["tiles_ptr"] = self._tiles_address
+            start(*[values[name] for name in self._names], *self._tail, stream=stream)
             return
-        grid = self._grid
-        named = dict(zip(self._names, arguments, strict=True))
-        built = self._kernel[grid](**named, **self._constants)
+        named = {**values, **tensors, "tiles_ptr": self._tiles}
+        named = {name: named[name] for name in self._names}
+        built = self._kernel[self._grid](**named, **self._constants)
         # The interpreter, and an asynchronous compilation, return something else.
         if isinstance(built, CompiledKernel):
-            self._compiled[kind] = built[grid]
+            self._compiled[kind] = built[self._grid]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -195,12 +206,13 @@ class Addresses:
     def __contains__(self, addresses: tuple[int, ...]) -> bool:
         return addresses in self._known
 
-    def at(self, addresses: tuple[int, ...], capturing: bool) -> Tensor:
+    def at(self, addresses: tuple[int, ...], capturing: bool, stream: int = 0) -> Tensor:
         """The addresses as int64; the caller keeps the array if it is capturing.
 
         Args:
             addresses: The same number in every call.
             capturing: A CUDA graph is being captured.
+            stream: Handle of the device's current stream.
         """
         known = self._known
         array = known.pop(addresses, None)
@@ -213,8 +225,12 @@ class Addresses:
             if 0 in addresses:
                 numbers = tuple([number or self._NOWHERE for number in numbers])
             for start in range(0, self._size, self._at_once):
-                part = numbers[start : start + self._at_once]
-                self._write(0, {"array_ptr": array[start:] if start else array, "numbers": part})
+                part = array[start:] if start else array
+                values = {
+                    "array_ptr": part.data_ptr(),
+                    "numbers": numbers[start : start + self._at_once],
+                }
+                self._write(0, values, {"array_ptr": part}, stream)
             self.written += 1
         if not capturing:
             # At the end: the first one is the one used longest ago.
@@ -289,7 +305,7 @@ class Counting:
         if is_capturing(self._device):
             keep(self._launch)
         with on(self._device):
-            self._launch(0, {})
+            self._launch(0, {}, {}, current_stream(self._device))
 
 
 class Prepared:
@@ -314,7 +330,7 @@ class Prepared:
         seed: int,
         scratch_size: int = 0,
     ) -> None:
-        self._groups = groups
+        self._groups = [(launches, table, table.data_ptr()) for launches, table in groups]
         self._seed = seed
         self._scratch_size = scratch_size
         self._device = grads[0].device
@@ -365,20 +381,27 @@ class Prepared:
             return False
         device = self._device
         capturing = is_capturing(device)
-        kind = tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in (lr, nonfinite, rng_step)])
         with on(device):
-            values = {
-                **scalars(beta1, beta2, eps, weight_decay, self._seed), "scale": float(scale),
+            stream = current_stream(device)
+            array = self.addresses.at(pointers, capturing, stream)
+            tensors = {
                 "lr_ptr": lr, "nonfinite_ptr": nonfinite, "rng_step_ptr": rng_step,
-                "grads_ptr": self.addresses.at(pointers, capturing),
-                "scratch_ptr": arena(device, self._scratch_size) if self._scratch_size else None,
+                "grads_ptr": array,
             }  # fmt: skip
-            for launches, table in self._groups:
-                values["table_ptr"] = table
+            if self._scratch_size:
+                tensors["scratch_ptr"] = arena(device, self._scratch_size)
+            values = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            kind = (
+                lr.dtype, nonfinite.dtype, rng_step.dtype,
+                values["lr_ptr"] % 16, values["nonfinite_ptr"] % 16, values["rng_step_ptr"] % 16,
+            )  # fmt: skip
+            values.update(scalars(beta1, beta2, eps, weight_decay, self._seed), scale=float(scale))
+            for launches, table, table_address in self._groups:
+                values["table_ptr"], tensors["table_ptr"] = table_address, table
                 if capturing:
-                    keep(launches, *values.values())
+                    keep(launches, *tensors.values())
                 for launch in launches:
-                    launch(kind, values)
+                    launch(kind, values, tensors, stream)
         return True
 
 

@@ -415,13 +415,13 @@ def test_prepared_step_leaves_to_the_op_what_the_kernels_do_not_cover():
 
 
 def test_a_launch_is_bound_once_for_each_kind_of_arguments(monkeypatch):
-    """The second launch goes to the compiled kernel, all arguments in the kernel's order."""
+    """The second launch goes to the compiled kernel: addresses, in the kernel's order."""
     common = sys.modules["owlore.kernels.common"]
     calls = []
 
     class Compiled:
         def __getitem__(self, grid):
-            return lambda *arguments: calls.append(("compiled", grid, arguments))
+            return lambda *arguments, stream: calls.append(("compiled", grid, arguments, stream))
 
     class Kernel:
         arg_names = ("table_ptr", "tiles_ptr", "lr_ptr", "eps", "RANK", "BLOCK")
@@ -436,14 +436,15 @@ def test_a_launch_is_bound_once_for_each_kind_of_arguments(monkeypatch):
     monkeypatch.setattr(common, "CompiledKernel", Compiled)
     tiles = torch.zeros(6, 4)
     launch = common.Launch(Kernel(), tiles, {"BLOCK": 32, "RANK": 8, "num_warps": 4})
-    values = {"eps": 1e-8, "lr_ptr": "lr", "table_ptr": "table", "unused": 1}
+    values = {"eps": 1e-8, "lr_ptr": 40, "table_ptr": 50, "unused": 1}
+    tensors = {"lr_ptr": "lr", "table_ptr": "table"}
     for kind in ("a", "a", "b"):
-        launch(kind, values)
+        launch(kind, values, tensors, 7)
     named = {"table_ptr": "table", "tiles_ptr": tiles, "lr_ptr": "lr", "eps": 1e-8}
     bound = ("bound", (6, 1, 1), {**named, "BLOCK": 32, "RANK": 8, "num_warps": 4})
     assert calls == [
         bound,
-        ("compiled", (6, 1, 1), ("table", tiles, "lr", 1e-8, 8, 32)),
+        ("compiled", (6, 1, 1), (50, tiles.data_ptr(), 40, 1e-8, 8, 32), 7),
         bound,
     ]
 
