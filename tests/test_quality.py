@@ -311,6 +311,30 @@ def test_variants_are_options() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("variant", "trained"),
+    [("blocks=all", True), ("blocks=all,embeddings=freeze,head=freeze", False)],
+)  # fmt: skip
+def test_a_variant_trains_what_it_says_whatever_the_defaults_are(
+    variant: str, trained: bool
+) -> None:
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.args = argparse.Namespace(device="cpu")
+    for method in ("owlore", "galore", "full"):
+        model = tiny_model.model()
+        own = {"full": "default", "galore": "default", "owlore": "blocks=all"}[method]
+        chosen = own if trained else variant
+        job = quality.Job("commonsense", method, chosen, 1e-3, 0, "test")
+        options = {**quality.METHODS[method], **quality.parse_variant(chosen), "rank": 4}
+        options["distribution"] = "uniform"
+        _, _, count, _ = bench.build(job, model, options)
+        ends = sum(p.numel() for p in {
+            *model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()
+        })  # fmt: skip
+        every = sum(p.numel() for p in tiny_model.model().parameters())
+        assert count == (every if trained else every - ends)
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     wanted = list(quality.jobs("validation", []))
     assert len({job.key for job in wanted}) == len(wanted) >= 27
