@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, cast
 
 import torch
@@ -537,13 +537,34 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _own_forward(module: nn.Module) -> str | None:
+    """The attribute that holds a layer's own forward, where it has one beside its class'.
+
+    accelerate's hooks (`device_map`) put theirs in its place and call it in the middle; taken off,
+    they leave it in the layer.
+    """
+    for name in ("_old_forward", "forward"):
+        held = module.__dict__.get(name)
+        if isinstance(held, MethodType) and held.__func__ is type(module).forward:
+            return name
+    return None
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Changes a layer's class, and its own forward along with it."""
+    place = _own_forward(module)
+    module.__class__ = kind
+    if place is not None:
+        module.__dict__[place] = MethodType(kind.forward, module)
+
+
 def obstacle(module: nn.Module | None) -> str | None:
     """Why a layer cannot compute R in its backward, or None if it can."""
     if module is None:
         return "shared by several layers"
     if _projected_class(type(module)) is None:
         return f"{type(module).__name__} is no plain linear layer"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and _own_forward(module) is None:
         return "its forward was replaced"
     if isinstance(module, nn.Embedding):
         for name, plain in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
@@ -585,7 +606,7 @@ def install(
     if columns:
         shapes[blocks.SKETCH] = (m, columns) if left else (columns, n)
     state = Projection(side, rank)
-    module.__class__ = kind
+    _become(module, kind)
     for name, size in shapes.items():
         value = zeros(size, dtype, device)
         if spread is not None:
@@ -604,7 +625,7 @@ def restore(module: nn.Module) -> None:
             module._parameters.pop(name, None)
         module.__dict__.pop(_STATE, None)
         plain: Any = next(plain for plain, kind in _classes.items() if type(module) is kind)
-        module.__class__ = plain
+        _become(module, plain)
 
 
 def restore_all(model: nn.Module) -> None:

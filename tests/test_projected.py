@@ -1164,6 +1164,36 @@ def only_block_two(scores: Any) -> list[float]:
     return [0.0, 0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_layers_with_hooks_of_accelerate_compute_r(tiny_llama, attached):
+    hooks = pytest.importorskip("accelerate.hooks")
+    plain, hooked = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    # As `device_map` attaches them, to every layer.
+    if attached == "before":
+        hooks.attach_execution_device_hook(hooked, "cpu")
+    optimizers = [OwLore(model, **SMALL) for model in (plain, hooked)]
+    if attached == "after":
+        hooks.attach_execution_device_hook(hooked, "cpu")
+    assert "_old_forward" in hooked.model.layers[0].mlp.up_proj.__dict__
+    assert optimizers[1].describe() == optimizers[0].describe()
+    for step in range(7):
+        for model, optimizer in zip((plain, hooked), optimizers, strict=True):
+            train_step(model, optimizer, step)
+    for (name, a), b in zip(hooked.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    optimizers[1].detach()
+    want = plain(**{"input_ids": batch(0)}).logits
+    assert torch.equal(hooked(input_ids=batch(0)).logits, want)
+    hooks.remove_hook_from_module(hooked, recurse=True)
+    # Hooks that were taken off leave the layer's own forward in it.
+    again = OwLore(hooked, **SMALL)
+    assert again.describe() == optimizers[0].describe()
+    train_step(hooked, again, 0)
+    again.detach()
+    assert torch.isfinite(hooked(input_ids=batch(0)).logits).all()
+    assert type(hooked.model.layers[0].mlp.up_proj) is nn.Linear
+
+
 # torch.compile.
 
 
