@@ -469,6 +469,8 @@ class Bench:
 
     def prepare(self, case: Case) -> None:
         """Builds a case's model and training, and measures all but times."""
+        # NCCL holds what it averaged until the next call.
+        distributed.barrier()
         free(self.args.device)
         bare = torch.cuda.memory_allocated() if self.args.device == "cuda" else 0
         began = time.perf_counter()

@@ -1470,7 +1470,7 @@ def test_a_model_that_device_map_spreads(tiny_llama, gradient):
     accelerate = pytest.importorskip("accelerate")
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{i}": i // 2 for i in range(4)}
-    # Bases that rounding does not turn: of fewer matrices at a time sums are taken in another order.
+    # Bases that rounding does not turn: in batches of fewer matrices it is another.
     options = SMALL | {"gradient": gradient, "state": "offload", "lr": 1e-2, "basis": "random"}
     plain, spread = copy.deepcopy(tiny_llama).double().to(0), copy.deepcopy(tiny_llama).double()
     spread = accelerate.dispatch_model(spread, places, main_device=0, force_hooks=True)
