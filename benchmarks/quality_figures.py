@@ -99,7 +99,7 @@ def commonsense_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]
             [
                 name_of(entry), "yes" if entry["chosen"] else "", f"{entry['lr']:g}",
                 f"{entry['mean']:.2f}{deviation(entry, 2)}",
-                quality_stats.interval(entry["against"], "commonsense"),
+                against(entry, "commonsense"),
                 f"{entry['state_mib']:,.0f}", "" if share is None else f"{100 * share:.0f}%",
                 "" if added is None else f"{added:.2f}", entry["seeds"],
             ]
@@ -116,7 +116,7 @@ def gsm8k_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         [
             name_of(entry), "yes" if entry["chosen"] else "", f"{entry['lr']:g}",
             f"{entry['mean']:.4f}{deviation(entry, 4)}",
-            quality_stats.interval(entry["against"], "gsm8k"), entry["seeds"],
+            against(entry, "gsm8k"), entry["seeds"],
         ]
         for entry in shown(rows, "gsm8k")
     ]  # fmt: skip
@@ -153,6 +153,12 @@ def embeddings_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]
             if any(line[2:]):
                 cells.append(line)
     return head, cells
+
+
+def against(entry: Row, task: str) -> str:
+    """Difference to full fine-tuning as text; with a dagger where the two have other seeds."""
+    text = quality_stats.interval(entry["against"], task)
+    return f"{text} †" if text and entry["unpaired"] else text
 
 
 def deviation(entry: Row, digits: int) -> str:

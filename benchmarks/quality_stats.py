@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "best_rates", "interval", "paired", "score", "summarise", "t_quantile"]
+__all__ = [
+    "accuracy", "best_rates", "interval", "paired", "score", "summarise", "t_quantile", "unpaired",
+]  # fmt: skip
 
 Row = dict[str, Any]
+Interval = tuple[float, float, float]
 # Methods that are alike but for the distribution of the blocks.
 DRAWING = ("owlore", "uniform", "reverse", "decrease")
 
@@ -65,7 +68,7 @@ def t_quantile(df: int, level: float = 0.95) -> float:
     return high
 
 
-def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+def paired(mine: dict[int, float], theirs: dict[int, float]) -> Interval | None:
     """Mean difference over the seeds that both have, and the ends of its 95% interval.
 
     Args:
@@ -84,7 +87,28 @@ def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     return mean, mean - half, mean + half
 
 
-def interval(found: tuple[float, float, float] | None, task: str) -> str:
+def unpaired(mine: Collection[float], theirs: Collection[float]) -> Interval | None:
+    """Difference of two means with no seed in common, and its 95% interval (Welch).
+
+    Args:
+        mine: Values.
+        theirs: Values of what it is compared with.
+
+    Returns:
+        Mean, lower end, upper end; None with fewer than two values of either.
+    """
+    if min(len(mine), len(theirs)) < 2:
+        return None
+    errors = [statistics.variance(values) / len(values) for values in (mine, theirs)]
+    spread = sum(e**2 / (len(v) - 1) for e, v in zip(errors, (mine, theirs), strict=True))
+    # Rounded down, so that the interval is not too short.
+    freedom = int(sum(errors) ** 2 / spread) if spread else len(mine) + len(theirs) - 2
+    mean = statistics.mean(mine) - statistics.mean(theirs)
+    half = t_quantile(freedom) * math.sqrt(sum(errors))
+    return mean, mean - half, mean + half
+
+
+def interval(found: Interval | None, task: str) -> str:
     """A difference with its interval as text."""
     digits = 2 if task == "commonsense" else 4
     if found is None:
@@ -161,7 +185,8 @@ def summarise(
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
 
     Differences are seed by seed, with their 95% interval, and None with fewer than two seeds in
-    common: `against`; `base`, to the same method and rate without the variant's last options;
+    common: `against` (between means, and `unpaired` set, where the seeds that count are all fresh
+    to the other); `base`, to the same method and rate without the variant's last options;
     of a method that draws blocks, `uniform` and `reverse`, to those distributions with the same
     variant and rate.
 
@@ -172,7 +197,7 @@ def summarise(
         against: Method and variant of the runs that all are compared with (of several rates the
             chosen one, then the one tuned for them, the one with the most seeds, the better one).
         timed: Rows of runs that had a GPU for themselves: seconds and peak memory are theirs.
-        fresh: Seeds that count alone where a group, or both groups of a difference, have them.
+        fresh: Seeds that count alone where a row of the table has them.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
     for row in rows:
@@ -180,11 +205,10 @@ def summarise(
             key = (row["method"], row["variant"], row["lr"])
             groups.setdefault(key, {})[row["seed"]] = row
 
-    def counted(*of: dict[int, Row]) -> list[dict[int, Row]]:
-        """Rows by seed, without those of earlier seeds where all have fresh ones."""
-        if all(by_seed.keys() & set(fresh) for by_seed in of):
-            return [{seed: row for seed, row in by.items() if seed in fresh} for by in of]
-        return list(of)
+    def counted(key: tuple[str, str, float]) -> dict[int, Row]:
+        """Rows by seed, without those of earlier seeds where there are fresh ones."""
+        own = groups[key]
+        return {seed: own[seed] for seed in own.keys() & set(fresh)} or own
 
     def rank(key: tuple[str, str, float]) -> tuple[bool, bool, int, float]:
         own = groups[key].values()
@@ -193,23 +217,34 @@ def summarise(
 
     def difference(
         key: tuple[str, str, float], other: tuple[str, str, float] | None
-    ) -> tuple[float, float, float] | None:
+    ) -> Interval | None:
+        if other not in groups or other is None:
+            return None
         mine, theirs = (
             {seed: value(row) for seed, row in by_seed.items()}
-            for by_seed in counted(*(groups.get(k, {}) if k else {} for k in (key, other)))
+            for by_seed in (counted(key), groups[other])
         )
         return paired(mine, theirs)
+
+    def against_reference(key: tuple[str, str, float]) -> tuple[Interval | None, bool]:
+        if reference is None or key == reference:
+            return None, False
+        if not fresh or counted(key).keys() & groups[reference].keys():
+            return difference(key, reference), False
+        mine, theirs = ([value(row) for row in counted(k).values()] for k in (key, reference))
+        return unpaired(mine, theirs), True
 
     like = [key for key in groups if key[:2] == tuple(against)]
     reference = max(like, key=rank, default=None)
     state = max((row["state_mib"] for row in groups.get(reference, {}).values()), default=0.0) \
         if reference else 0.0  # fmt: skip
     table = []
-    for key, by_seed in groups.items():
+    for key in groups:
         method, variant, lr = key
-        (kept,) = counted(by_seed)
+        kept = counted(key)
         own = list(kept.values())
         values = [value(row) for row in own]
+        found, apart = against_reference(key)
         known = {k[1] for k in groups if (k[0], k[2]) == (method, lr)}
         base = base_of(variant, known)
         alone = [
@@ -228,7 +263,8 @@ def summarise(
             "seed_range": f"{min(kept)}-{max(kept)}",
             "mean": statistics.mean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
-            "against": None if key == reference else difference(key, reference),
+            "against": found,
+            "unpaired": apart,
             "base": difference(key, (method, base, lr)) if base else None,
             "base_name": base,
             **draws,

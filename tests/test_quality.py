@@ -623,7 +623,17 @@ def test_fresh_seeds_count_alone_where_they_are_there() -> None:
     assert (found["full"]["seeds"], found["full"]["seed_range"]) == (5, "5-9")
     assert found["owlore"]["against"] == pytest.approx((-1.0, -1.0, -1.0))
     # Earlier seeds are compared with earlier ones.
-    assert found["lora"]["against"][0] == pytest.approx(-8.0)
+    assert (found["lora"]["against"][0], found["lora"]["unpaired"]) == (pytest.approx(-8.0), False)
+    assert found["owlore"]["unpaired"] is False
+    # Fresh ones with earlier ones as means: 55.5, deviation sqrt(.5), and 52, deviation sqrt(2.5).
+    early = [r for r in rows if r["method"] == "owlore" or r["seed"] < 5]
+    table = quality_stats.summarise(early, "commonsense", "test", fresh=range(5, 10))
+    (own,) = (entry for entry in table if entry["method"] == "owlore")
+    half = quality_stats.t_quantile(4) * (0.5 / 2 + 2.5 / 5) ** 0.5
+    assert own["against"] == pytest.approx((3.5, 3.5 - half, 3.5 + half), rel=1e-5)
+    assert quality_figures.against(own, "commonsense").endswith("] †")
+    assert quality_stats.unpaired([1.0], [1.0, 2.0]) is None
+    assert quality_stats.unpaired([1.0, 1.0], [2.0, 2.0]) == (-1, -1, -1)
     # What was tuned is the reference, however many seeds others have.
     table = quality_stats.summarise(rows + tuned, "commonsense", "test", fresh=range(5, 10))
     (other,) = (e for e in table if (e["method"], e["lr"]) == ("full", 1e-4))
