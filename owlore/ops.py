@@ -33,11 +33,14 @@ _SCHEMAS = {
     f"bool projected=False, {_PLACES}) -> ()",
     "adamw_": f"({_ADAM_TENSORS.format(bases='')}, *, "
     f"{_ADAM_SCALARS}bool stochastic, int seed, int[] streams, {_PLACES}) -> ()",
+    "inverse_cholesky_": "(Tensor(a!) gram, Tensor(b!) inverse, float shift, float least) -> ()",
     "column_sq_norm_": "(Tensor(a!) acc, Tensor x, Tensor? mask=None) -> ()",
     "outlier_counts": "(Tensor[] weights, Tensor[] norms, float[] thresholds) -> (Tensor, Tensor)",
 }
 _IN_EXTENSION = ("column_sq_norm_", "outlier_counts")
-_IN_TRITON = ("lowrank_adam_", "adamw_")
+_IN_TRITON = ("lowrank_adam_", "adamw_", "inverse_cholesky_")
+# Rows of the largest matrix that one program factors about as fast as torch's solvers do (H100).
+_MOST_IN_KERNEL = 320
 
 
 def _define() -> None:
@@ -75,8 +78,8 @@ def _kernel_or_reference(name: str) -> Callable[..., Any]:
         if isinstance(kernel, ImportError) or not getattr(kernel, launcher)(*args, **options):
             _warn_slow(name)
             return definition(*args, **options)
-        *lists, lr, nonfinite, rng_step = args
         for i in _left_out(name, kernel, options):
+            *lists, lr, nonfinite, rng_step = args
             _step_alone(name, i, lists, (lr, nonfinite, rng_step), options)
 
     return call
@@ -143,7 +146,7 @@ def _in_place_fake(*args: Any, **options: Any) -> None:
     return None
 
 
-for _name in ("lowrank_adam_", "adamw_", "column_sq_norm_"):
+for _name in ("lowrank_adam_", "adamw_", "inverse_cholesky_", "column_sq_norm_"):
     torch.library.register_fake(f"owlore::{_name}", _in_place_fake)
 
 
@@ -597,6 +600,21 @@ def column_sq_norm_(acc: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
         _expect(mask.device == x.device, "mask", f"device {x.device}", mask.device)
     _load_extension()
     torch.ops.owlore.column_sq_norm_(acc, x, mask)
+
+
+def inverse_cholesky_(gram: Tensor, inverse: Tensor, shift: float, least: float) -> None:
+    """Inverse Cholesky factors of many matrices; see `owlore.reference.inverse_cholesky_`.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    square = gram.dim() == 3 and gram.shape[1] == gram.shape[2]
+    _expect(square, "gram", "shape [b, k, k]", tuple(gram.shape))
+    _expect(inverse.shape == gram.shape, "inverse", f"shape {gram.shape}", inverse.shape)
+    if gram.shape[1] > _MOST_IN_KERNEL:
+        reference.inverse_cholesky_(gram, inverse, shift, least)
+    else:
+        torch.ops.owlore.inverse_cholesky_(gram, inverse, shift, least)
 
 
 def outlier_counts(

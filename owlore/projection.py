@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from owlore import ops
+
 
 def choose_side(m: int, n: int, side: str) -> str:
     """Which side of a weight [m, n] is projected.
@@ -137,17 +139,18 @@ def _subspace(
 _LEAST_SCALE = 1e-30
 # Raises the squared length of a column that is zero.
 _LEAST_SQUARE = 1e-280
-# Bytes of the columns of one batch, of a float64 copy of a part of them, and of a scaled gradient.
-_BATCH_BYTES = 2**26
-_CHUNK_BYTES = 2**24
-_SCALED_BYTES = 2**26
+# Bytes of the columns of one batch, and of a float64 copy of a part of them.
+_BATCH_BYTES = 3 * 2**24
+_CHUNK_BYTES = 25 * 2**20
 # Rows of a slab: Gram matrices are sums over slabs, so that all of a GPU works on a few of them.
 _SLAB = 1024
 # What a Gram matrix of unit columns is raised by for each column, so that its Cholesky factor
 # exists, and the norm of the noise that unit columns get: float32 rounding.
 _SHIFT = 1e-14
 _NOISE = 1e-7
-# Steps of the iteration that finds the weakest of the columns carried.
+# What the energy of each column carried is raised by to find the weakest: the matrix' is about one.
+_LEAST_ENERGY = 1e-12
+# Steps of the iteration that finds them.
 _INVERSE_STEPS = 8
 # What their condition number may grow to in one of them.
 _LARGEST_SPREAD = 1e10
@@ -193,11 +196,13 @@ def _refresh_in_batches(
             along = [(new * old).sum(dim=0) for new, old in zip(P, kept, strict=True)]
             P.mul_(torch.where(torch.stack(along) < 0, -1.0, 1.0)[:, None])
         energies = torch.where(ok, energies, 0.0)
-        for k, i in enumerate(members):
-            dtype = grads[i].dtype
-            old = kept[k].to(dtype) if kept else P.new_full((), float("nan"), dtype=dtype)
-            bases[i] = torch.where(ok[k], P[k].to(dtype), old)
-            results[i] = (energies[k], ok[k])
+        # A tensor of its own for each basis: they live and are saved apart.
+        new = P.to(grads[members[0]].dtype)
+        nan = new.new_full((), float("nan"))
+        found = zip(members, new.unbind(), energies.unbind(), ok.unbind(), strict=True)
+        for k, (i, basis, energy, finite) in enumerate(found):
+            bases[i] = torch.where(finite, basis, kept[k].to(new.dtype) if kept else nan)
+            results[i] = (energy, finite)
     return bases, torch.stack([e for e, _ in results]), torch.stack([f for _, f in results])
 
 
@@ -254,70 +259,69 @@ def _subspace_of_batch(
     k = _count_columns(m, n, r, oversampling)
     device = matrices[0].device
     dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
-    largest = torch.stack([torch.linalg.vector_norm(A, float("inf")) for A in matrices])
-    ok = torch.isfinite(largest)
+    # What multiplies a matrix is rounded to its dtype; half precision multiplies as float32.
+    narrow = dtype if matrices[0].dtype == torch.float16 else matrices[0].dtype
+    # Sums in float64, whose squares no gradient in another dtype can overflow.
+    norms = torch.stack(torch._foreach_norm(list(matrices), 2, torch.float64))
+    ok = torch.isfinite(norms)
     # Scaling the thin factor keeps products of huge or tiny gradients inside the range. By powers
     # of two, so that it rounds nothing.
-    exponents = largest.to(dtype).clamp_min(_LEAST_SCALE).log2().floor()
+    exponents = norms.clamp_min(_LEAST_SCALE).log2().floor()
     factors = torch.exp2(-exponents).clamp_min(torch.finfo(dtype).tiny)
+    total = (norms * factors).square().clamp_min(torch.finfo(dtype).tiny)
+    factors = factors.to(dtype)[:, None, None]
     factor = factors.unbind()
-    energies = [_scaled_energy(A, f) for A, f in zip(matrices, factor, strict=True)]
-    total = torch.stack(energies).clamp_min(torch.finfo(dtype).tiny)
 
     generator = torch.Generator(device)
     held = _empty_columns(len(matrices), m, k, dtype, device)
     columns = held.flatten(1, 2)[:, :m]  # [b, m, k]
-    Z = torch.empty(n, k, dtype=dtype, device=device)
-    for A, f, Y, old, seed in zip(matrices, factor, columns, previous, seeds, strict=True):
+    each = columns.unbind()
+    thin = columns if narrow == dtype else torch.empty(columns.shape, dtype=narrow, device=device)
+    operands = thin.unbind()
+    transposed = [A.mT for A in matrices]
+    Z = torch.empty(n, k, dtype=narrow, device=device)
+    for A, T, f, Y, old, seed in zip(
+        matrices, transposed, factor, each, previous, seeds, strict=True
+    ):
         Z.normal_(generator=generator.manual_seed(seed))
         if old is not None:
             # The previous basis is one power iteration ahead of random columns. Those stand in for
             # the directions that it lacks: a NaN basis (no finite gradient came yet) is zero here.
-            warm = torch.empty(n, r, dtype=dtype, device=device)
-            _multiply(A.mT, torch.nan_to_num(old.to(dtype)), f, warm)
+            warm = torch.empty(n, r, dtype=narrow, device=device)
+            _multiply(T, torch.nan_to_num(old).to(narrow).mul_(f), warm)
             Z[:, :r].mul_(_NOISE / n**0.5).add_(warm)
-        _multiply(A, Z, f, Y)
+        _multiply(A, Z.mul_(f), Y)
     for _ in range(power_iterations):
-        _apply_(held, _whitening(_gram(held)))
-        for A, f, Y in zip(matrices, factor, columns, strict=True):
-            _multiply(A.mT, Y, f, Z)
-            _multiply(A, Z, f, Y)
+        _apply(columns, _whitening(_gram(held)).mul_(factors), thin)
+        for A, T, f, X, Y in zip(matrices, transposed, factor, operands, each, strict=True):
+            _multiply(T, X, Z)
+            _multiply(A, Z.mul_(f), Y)
     del Z
     # Every Y is whole from here on: noise fills directions that the matrix does not have.
     noise = _gaussian(m, k, columns, generator.manual_seed(_NOISE_SEED))
-    norms = torch.linalg.vector_norm(columns, dim=1, keepdim=True).clamp_min(1e-12)
-    columns.addcmul_(noise, norms.mul_(_NOISE / m**0.5))
+    lengths = torch.linalg.vector_norm(columns, dim=1, keepdim=True).clamp_min(1e-12)
+    columns.addcmul_(noise, lengths.mul_(_NOISE / m**0.5))
     del noise
-    _apply_(held, _whitening(_gram(held)))
-    C = _gram_of_products(matrices, columns, factor)
+    _apply(columns, _whitening(_gram(held)), columns)
+    scaled = torch.mul(columns, factors, out=torch.empty_like(columns) if thin is columns else thin)
+    C = _gram_of_products(transposed, scaled.unbind(), dtype)
+    del scaled, thin, operands
     N = _strongest(C, _gram(held), r)
-    _apply_(held, N)
-    captured = ((C @ N) * N).sum(dim=(1, 2))
+    _apply(columns, N, columns[:, :, :r])
+    captured = torch.bmm(C, N).mul_(N).sum(dim=(1, 2))
     return columns[:, :, :r], (captured / total).float(), ok
 
 
-def _scaled_energy(A: Tensor, factor: Tensor) -> Tensor:
-    """||factor A||^2, [], float64, without a copy of all of A in a wider dtype."""
-    rows = max(1, _SCALED_BYTES // (A.element_size() * A.shape[1]))
-    norms = []
-    for part in A.split(rows):
-        part = part.float() if part.dtype == torch.float16 else part
-        out = torch.float64 if part.dtype == torch.float64 else torch.float32
-        norms.append(torch.linalg.vector_norm(part * factor, dtype=out))
-    return torch.stack(norms).double().square().sum()
-
-
-def _multiply(A: Tensor, X: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Writes A (factor X) with float32 sums; factor X is rounded to A's dtype."""
+def _multiply(A: Tensor, X: Tensor, out: Tensor) -> None:
+    """Writes A X with float32 sums, rounded to the dtype of out."""
     if A.dtype == torch.float16:
         A = A.float()
-    thin = torch.mul(X, factor, out=torch.empty(X.shape, dtype=A.dtype, device=A.device))
-    if A.dtype != torch.bfloat16:
-        torch.mm(A, thin, out=out)
+    if A.dtype == out.dtype:
+        torch.mm(A, X, out=out)
     elif A.is_cuda:
-        torch.mm(A, thin, out_dtype=torch.float32, out=out)
+        torch.mm(A, X, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(A.float(), thin.float(), out=out)
+        torch.mm(A.to(out.dtype), X.to(out.dtype), out=out)
 
 
 def _empty_columns(
@@ -334,52 +338,67 @@ def _empty_columns(
     return X
 
 
-def _chunks(X: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Matrices and slabs of parts of columns whose float64 copies take `_CHUNK_BYTES` at most."""
-    count, slabs, rows, k = X.shape
-    room = max(1, _CHUNK_BYTES // (8 * rows * k))
-    if room >= slabs:
-        for i in range(0, count, room // slabs):
-            yield slice(i, i + room // slabs), slice(None)
-        return
-    for i in range(count):
-        for j in range(0, slabs, room):
-            yield slice(i, i + 1), slice(j, j + room)
-
-
 def _gram(X: Tensor) -> Tensor:
     """Gram matrices X^T X of columns in slabs. [b, slabs, rows, k] to [b, k, k], float64."""
-    count, _, rows, k = X.shape
-    gram = torch.zeros(count, k, k, dtype=torch.float64, device=X.device)
-    for some, slabs in _chunks(X):
-        part = X[some, slabs].double()
-        of_slabs = part.view(-1, rows, k)
-        gram[some] += torch.bmm(of_slabs.mT, of_slabs).view(*part.shape[:2], k, k).sum(1)
-    return gram
+    slabs, rows, k = X.shape[1:]
+    room = max(1, _CHUNK_BYTES // (8 * rows * k))
+    grams = []
+    if room >= slabs:
+        for some in X.split(room // slabs):
+            part = some.double().view(-1, rows, k)
+            grams.append(torch.bmm(part.mT, part).view(-1, slabs, k, k).sum(1))
+    else:
+        for matrix in X:
+            total = torch.zeros(1, k, k, dtype=torch.float64, device=X.device)
+            for some in matrix.split(room):
+                part = some.double()
+                total += torch.bmm(part.mT, part).sum(0)
+            grams.append(total)
+    return torch.cat(grams)
 
 
 def _gram_of_products(
-    matrices: Sequence[Tensor], columns: Tensor, factor: Sequence[Tensor]
+    transposed: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """Gram matrices of A^T Q for the columns Q, [b, m, k], of each A. [b, k, k], float64."""
-    n, k = matrices[0].shape[1], columns.shape[2]
-    count = min(len(matrices), max(1, _CHUNK_BYTES // (8 * n * k)))
-    gram = torch.empty(len(matrices), k, k, dtype=torch.float64, device=columns.device)
-    held = _empty_columns(count, n, k, columns.dtype, columns.device)
-    for start in range(0, len(matrices), count):
-        some = range(start, min(start + count, len(matrices)))
-        for i, B in zip(some, held.flatten(1, 2)[:, :n], strict=False):
-            _multiply(matrices[i].mT, columns[i], factor[i], B)
-        gram[some.start : some.stop] = _gram(held[: len(some)])
-    return gram
+    """Gram matrices of A^T X for the columns X, [m, k], of each A. [b, k, k], float64.
+
+    Args:
+        transposed: A^T. [n, m] each.
+        columns: X. [m, k] each, in the dtype that multiplies.
+        dtype: Of the products.
+    """
+    n, k = transposed[0].shape[0], columns[0].shape[1]
+    count = min(len(transposed), max(1, _CHUNK_BYTES // (8 * n * k)))
+    held = _empty_columns(count, n, k, dtype, columns[0].device)
+    targets = held.flatten(1, 2)[:, :n].unbind()
+    grams = []
+    for start in range(0, len(transposed), count):
+        end = min(start + count, len(transposed))
+        for T, X, B in zip(transposed[start:end], columns[start:end], targets, strict=False):
+            _multiply(T, X, B)
+        grams.append(_gram(held if end - start == count else held[: end - start]))
+    return torch.cat(grams)
 
 
-def _apply_(X: Tensor, W: Tensor) -> None:
-    """Replaces the first columns by X W, with float64 sums. [b, slabs, rows, k], [b, k, l]."""
-    for some, slabs in _chunks(X):
-        part = X[some, slabs]
-        product = torch.bmm(part.double().flatten(1, 2), W[some])
-        part[..., : W.shape[2]] = product.view(*part.shape[:3], -1)
+def _apply(X: Tensor, W: Tensor, out: Tensor) -> None:
+    """Writes X W to out, with float64 sums.
+
+    Args:
+        X: Columns. [b, m, k].
+        W: [b, k, l], float64.
+        out: Any dtype; may be columns of X. [b, m, l].
+    """
+    m, k = X.shape[1:]
+    # A copy of X in float64 and the product.
+    room = max(1, _CHUNK_BYTES // (16 * k))
+    if room >= m:
+        count = room // m
+        for x, w, y in zip(X.split(count), W.split(count), out.split(count), strict=True):
+            y.copy_(torch.bmm(x.double(), w))
+        return
+    for matrix, w, target in zip(X, W, out, strict=True):
+        for x, y in zip(matrix.split(room), target.split(room), strict=True):
+            y.copy_(x.double() @ w)
 
 
 def _whitening(gram: Tensor) -> Tensor:
@@ -387,18 +406,18 @@ def _whitening(gram: Tensor) -> Tensor:
 
     Columns of Y may be of very different lengths. Those that depend on others come out short.
     """
-    L = _factor_(gram.clone())
-    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    # An inverse and a product: a triangular solve with many rows is far slower on a GPU.
-    return torch.linalg.solve_triangular(L, identity, upper=False).mT
-
-
-def _factor_(gram: Tensor) -> Tensor:
-    """Cholesky factor of Gram matrices, whose diagonals are raised so that there is one."""
     # Relative to each column's length, as Cholesky factors do not depend on the lengths otherwise.
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.mul_(1.0 + gram.shape[-1] * _SHIFT).add_(_LEAST_SQUARE)
-    return torch.linalg.cholesky_ex(gram)[0]
+    return _inverse_factor(gram, _SHIFT, _LEAST_SQUARE).mT
+
+
+def _inverse_factor(gram: Tensor, shift: float, least: float) -> Tensor:
+    """Inverse Cholesky factors of Gram matrices, whose diagonals are raised so that there are any.
+
+    What gram holds is lost. Inverses, to multiply with: a triangular solve is far slower on a GPU.
+    """
+    inverse = torch.empty_like(gram)
+    ops.inverse_cholesky_(gram, inverse, shift, least)
+    return inverse
 
 
 def _strongest(C: Tensor, gram: Tensor, r: int) -> Tensor:
@@ -415,34 +434,35 @@ def _strongest(C: Tensor, gram: Tensor, r: int) -> Tensor:
     k = C.shape[-1]
     if k == r:
         return _whitening(gram)
-    identity = torch.eye(k, dtype=C.dtype, device=C.device)
-    trace = C.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(_LEAST_SQUARE)
-    raised = C / trace[:, None, None]
-    raised.diagonal(dim1=1, dim2=2).add_(1e-12)
-    L = torch.linalg.cholesky_ex(raised)[0]
-    inverse = torch.linalg.solve_triangular(L, identity, upper=False)
-    inverse = inverse.mT @ inverse
+    # The columns hold a good part of a matrix whose norm is between one and two.
+    inverse = _inverse_factor(C.clone(), 0.0, _LEAST_ENERGY)
+    inverse = torch.bmm(inverse.mT, inverse)
     # Powers of the inverse save steps. High ones would turn all columns to the weakest direction:
     # the condition number of the columns after one step is at most this.
-    length = inverse.norm(dim=(1, 2), keepdim=True)
-    spread = length * raised.diagonal(dim1=1, dim2=2)[:, r:].sum(-1)[:, None, None]
-    inverse = inverse / length
+    length = torch.linalg.vector_norm(inverse, dim=(1, 2), keepdim=True)
+    surplus = C.diagonal(dim1=1, dim2=2)[:, r:].sum(-1)
+    spread = surplus[:, None, None] * length
+    inverse /= length
     for power in (2, 4):
-        inverse = torch.where(spread**power < _LARGEST_SPREAD, inverse @ inverse, inverse)
-    weak = identity[:, r:].expand(len(C), -1, -1)
+        small = spread < _LARGEST_SPREAD ** (1 / power)
+        inverse = torch.where(small, torch.bmm(inverse, inverse), inverse)
+    weak = inverse[:, :, r:]
     for i in range(_INVERSE_STEPS):
-        weak = inverse @ weak
+        if i > 0:
+            weak = torch.bmm(inverse, weak)
         for _ in range(2 if i == _INVERSE_STEPS - 1 else 1):
-            L = _factor_(weak.mT @ weak)
-            weak = torch.linalg.solve_triangular(L, weak.mT, upper=False).mT
+            weak = torch.bmm(weak, _whitening(torch.bmm(weak.mT, weak)))
     # The block reflector that takes the last columns of the identity to -weak takes the others to
     # the complement of weak: H = 1 - V K^-1 V^T with V = weak + [0; 1] and K = V^T [0; 1].
+    identity = torch.eye(k, dtype=C.dtype, device=C.device)
     V = weak + identity[:, r:]
     K = V[:, r:].mT  # [b, k - r, k - r]
-    root = _whitening(K.mT @ K)
-    solved = root @ (root.mT @ (K.mT @ weak[:, :r].mT))  # K^-1 V^T [1; 0]
-    strong = identity[:, :r] - V @ solved
-    return strong @ _whitening(strong.mT @ gram @ strong)
+    root = _whitening(torch.bmm(K.mT, K))
+    above = torch.bmm(K.mT, weak[:, :r].mT)
+    solved = torch.bmm(root, torch.bmm(root.mT, above))  # K^-1 V^T [1; 0]
+    strong = identity[:, :r] - torch.bmm(V, solved)
+    lengths = torch.bmm(strong.mT, torch.bmm(gram, strong))
+    return torch.bmm(strong, _whitening(lengths))
 
 
 def transport(exp_avg: Tensor, old: Tensor, new: Tensor, side: str) -> Tensor:

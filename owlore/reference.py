@@ -342,6 +342,23 @@ def column_sq_norm_(acc: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
     acc += squares.reshape(-1, x.shape[-1]).sum(dim=0).to(acc.dtype)
 
 
+def inverse_cholesky_(gram: Tensor, inverse: Tensor, shift: float, least: float) -> None:
+    """Inverse Cholesky factors: X = L^-1 with L L^T = A + diag(k shift A_ii + least).
+
+    Args:
+        gram: Symmetric matrices A, of which the lower triangles are read; what they hold is lost.
+            [b, k, k].
+        inverse: X is written here, lower triangular. Shape and dtype of gram.
+        shift: Raises the diagonal in its own proportion.
+        least: Raises it by a number.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.mul_(1.0 + gram.shape[-1] * shift).add_(least)
+    L = torch.linalg.cholesky_ex(gram)[0]
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    inverse.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
+
+
 def outlier_counts(
     weights: Sequence[Tensor], norms: Sequence[Tensor], thresholds: Sequence[float]
 ) -> tuple[Tensor, Tensor]:

@@ -94,33 +94,33 @@ def test_mixed_shapes_come_back_in_order():
         )
 
 
-def pieces_of(monkeypatch, batch, chunk, scaled=2**26, slab=1024):
+def pieces_of(monkeypatch, batch, chunk, slab=1024):
     """Sets what a refresh holds at once."""
-    for name, value in (("BATCH", batch), ("CHUNK", chunk), ("SCALED", scaled)):
+    for name, value in (("BATCH", batch), ("CHUNK", chunk)):
         monkeypatch.setattr(projection, f"_{name}_BYTES", value)
     monkeypatch.setattr(projection, "_SLAB", slab)
 
 
 # Columns of one 100 x 70 matrix at rank 12 take 100 * 32 numbers, a slab of 34 rows 34 * 32.
 @pytest.mark.parametrize(
-    ("batch", "chunk", "scaled", "slab"),
+    ("batch", "chunk", "slab"),
     [
-        (4 * 3200, 2**24, 2**26, 1024),
-        (4 * 3200 * 2, 8 * 1088, 70 * 4 * 7, 40),
-        (2**26, 8 * 1088 * 2, 70 * 4, 40),
-        (2**26, 8 * 1088 * 7, 2**26, 40),
-        (2**26, 1, 1, 1),
+        (4 * 3200, 2**24, 1024),
+        (4 * 3200 * 2, 8 * 1088, 40),
+        (2**26, 8 * 1088 * 2, 40),
+        (2**26, 8 * 1088 * 7, 40),
+        (2**26, 1, 1),
     ],
     ids=["one by one", "pairs by slabs", "all by slabs", "two and one", "rows"],
 )
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pieces_give_the_same_bases(batch, chunk, scaled, slab, warm, dtype, monkeypatch):
+def test_pieces_give_the_same_bases(batch, chunk, slab, warm, dtype, monkeypatch):
     grads = [spectrum(100, 70, 0.5, dtype, seed=s) for s in range(5)]
     old = [torch.linalg.qr(torch.randn(100, 12, dtype=dtype))[0] if warm else None] * 5
     arguments = grads, [12] * 5, ["left"] * 5, old, list(range(5)), 2, 8
     whole, energies, _ = BATCHED(*arguments)
-    pieces_of(monkeypatch, batch, chunk, scaled, slab)
+    pieces_of(monkeypatch, batch, chunk, slab)
     bases, found, finite = BATCHED(*arguments)
     assert finite.all()
     torch.testing.assert_close(found, energies, rtol=1e-5, atol=0)
@@ -141,7 +141,7 @@ def test_batches_are_cut_evenly(count, sizes, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 3000])
-def test_gram_and_product_do_not_see_rows_beyond_the_last(rows, monkeypatch):
+def test_gram_does_not_see_rows_beyond_the_last(rows, monkeypatch):
     pieces_of(monkeypatch, 2**26, 8 * 1024 * 6)
     X = projection._empty_columns(3, rows, 6, torch.float32, torch.device("cpu"))
     Y = torch.randn(3, rows, 6)
@@ -149,12 +149,20 @@ def test_gram_and_product_do_not_see_rows_beyond_the_last(rows, monkeypatch):
     assert X.shape[2] <= 1024
     gram = Y.double().mT @ Y.double()
     torch.testing.assert_close(projection._gram(X), gram, **tolerances.OP_FLOAT64)
-    W = torch.randn(3, 6, 4, dtype=torch.float64)
-    projection._apply_(X, W)
-    flat = X.flatten(1, 2)
-    assert torch.equal(flat[:, :rows, :4], (Y.double() @ W).float())
-    assert torch.equal(flat[:, :rows, 4:], Y[:, :, 4:])
-    assert not flat[:, rows:].any()
+    assert not X.flatten(1, 2)[:, rows:].any()
+
+
+@pytest.mark.parametrize("room", [1, 7, 30, 31, 60, 2**20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_product_by_parts(room, dtype, monkeypatch):
+    """Of some rows of a matrix, one matrix, several; into columns that it is made of too."""
+    monkeypatch.setattr(projection, "_CHUNK_BYTES", 16 * 6 * room)
+    Y, W = torch.randn(3, 30, 6), torch.randn(3, 6, 4, dtype=torch.float64)
+    want, rest = (Y.double() @ W).to(dtype), Y[:, :, 4:].clone()
+    out = Y if dtype == torch.float32 else torch.zeros(3, 30, 6, dtype=dtype)
+    projection._apply(Y, W, out[:, :, :4])
+    assert torch.equal(out[:, :, :4], want)
+    assert torch.equal(Y[:, :, 4:], rest)
 
 
 def test_bases_do_not_depend_on_their_company():
@@ -218,7 +226,7 @@ def test_workspace_of_a_batch_is_bounded():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 5])
 def test_energy_on_a_gpu_is_nearly_the_svds(warm, dtype, count, monkeypatch):
-    pieces_of(monkeypatch, 2**26, 2**20, 2**18)
+    pieces_of(monkeypatch, 2**26, 2**20)
     grads = [spectrum(1100, 700, 0.5, dtype, seed=s).cuda() for s in range(count)]
     first = torch.full((700, 100), float("nan"), dtype=dtype, device="cuda")
     old = [first if warm else None] * count
