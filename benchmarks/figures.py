@@ -341,36 +341,56 @@ def outlier_chart(path: Path) -> None:
 
 
 SHARING = {"one": "one GPU alone", "ddp": "DDP", "fsdp2": "FSDP2"}
-PATHS = {"projected": "owlore", "dense": "owlore, gradient formed", "full": "AdamW"}
+PATHS = {
+    "projected": "owlore", "dense": "owlore, gradient formed", "full": "AdamW",
+    "norms": "AdamW on norms alone",
+}  # fmt: skip
 
 
 def scale_table() -> str:
-    """Training on several GPUs, in each run; empty as long as there are no results."""
-    rows = []
-    for run, name in ((1, "scale_first"), (2, "scale")):
+    """Training on several GPUs, each case in the last run that has it; empty without results."""
+    found: dict[tuple, Row] = {}
+    for run, name in enumerate(("scale_first", "scale_second", "scale"), 1):
         if (RESULTS / "h200x2" / f"{name}.json").is_file():
-            rows += [{**row, "run": run} for row in load(name, "h200x2")]
+            for row in load(name, "h200x2"):
+                keys = ("path", "blocks", "strategy", "tokens", "compile", "prefetch")
+                key = tuple(row.get(key) or False for key in keys)
+                found[key] = {
+                    **found.get(key, {}),
+                    **row,
+                    "run": run,
+                    "peak_gib": row["peak_gib"] or found.get(key, {}).get("peak_gib"),
+                }
+    rows = [row for row in found.values() if row["strategy"] in SHARING]
     if not rows:
         return ""
-    rows = [row for row in rows if row["strategy"] in SHARING]
-    rows.sort(key=lambda r: (list(PATHS).index(r["path"]), -r["blocks"],
-                             list(SHARING).index(r["strategy"]), r["run"]))  # fmt: skip
-    head = ["method", "blocks that train", "on", "run", "peak GiB of a GPU", "tokens/s",
-            "efficiency", "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
+    rows.sort(key=lambda r: (list(PATHS).index(r["path"]), r["tokens"], bool(r.get("compile")),
+                             -r["blocks"], list(SHARING).index(r["strategy"])))  # fmt: skip
+    head = ["method", "tokens a GPU", "blocks that train", "on", "run", "peak GiB of a GPU",
+            "tokens/s", "efficiency", "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
     cells = []
     for row in rows:
         alone = row["strategy"] == "one"
+        spread = (
+            f" ({row['efficiency_low']:.3f} to {row['efficiency_high']:.3f})"
+            if "efficiency_low" in row
+            else ""
+        )
+        sums, dense = row["allreduce_mib_per_step"], row["dense_allreduce_mib_per_step"]
         cells.append(
             (
-                PATHS[row["path"]],
+                PATHS[row["path"]] + (", compiled" if row.get("compile") else ""),
+                row["tokens"].replace("x", " x "),
                 row["blocks"],
-                SHARING[row["strategy"]] + ("" if alone else f", {row['gpus']} GPUs"),
+                SHARING[row["strategy"]]
+                + (", prefetching" if row.get("prefetch") else "")
+                + ("" if alone else f", {row['gpus']} GPUs"),
                 row["run"],
-                f"{row['peak_gib']:.2f}",
+                f"{row['peak_gib']:.2f}" if row["peak_gib"] else "",
                 f"{row['tokens_per_s'] / (row['gpus'] if alone else 1):,.0f}",
-                "" if alone else f"{row['efficiency']:.3f}",
-                "" if alone else f"{row['allreduce_mib_per_step']:,.0f}",
-                "" if alone else f"{row['dense_allreduce_mib_per_step']:,.0f}",
+                "" if alone else f"{row['efficiency']:.3f}{spread}",
+                "" if alone else f"{sums:,.0f}",
+                "" if alone or dense is None else f"{dense:,.0f}",
             )
         )
     return markdown(head, cells)
@@ -403,6 +423,7 @@ def main() -> int:
             "step": step_table(), "outliers": outlier_table(),
             "quality": markdown(*quality_figures.commonsense_table(quality_rows())),
             "gsm8k": markdown(*quality_figures.gsm8k_table(quality_rows())),
+            "embeddings": markdown(*quality_figures.embeddings_table(quality_rows())),
         },
         "docs/distributed.md": {"scale": scale_table()},
     }  # fmt: skip
