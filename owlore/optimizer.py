@@ -270,7 +270,10 @@ class OwLore(Optimizer):
             # FSDP2 has seen every parameter; it averages norms and dense weights itself.
             for param in self._frozen:
                 self._flags.set(param, False)
-            self._exchange = distributed.Exchange(self._layout.owner, coordinates, [], [])
+            # What stands outside of it, as where blocks alone were sharded, nobody averages.
+            outside = [m.param for m in self._members if m.projection is None and m.spread is None]
+            averaged = [*coordinates, *outside]
+            self._exchange = distributed.Exchange(self._layout.owner, averaged, [], [])
             self._exchange.sharded_as(spread, self._model)
             self._show = lambda: None
             return
