@@ -144,8 +144,7 @@ def cases() -> list[Case]:
     found = [
         *(replace(case, tokens="16x512") for case in beside_lora), *floors,
         *(replace(case, rounds=ROUNDS) for case in (*memory[2:4], galore)), *memory[:2],
-        # At one sequence LoRA's row stands between ours.
-        *(replace(case, rounds=ROUNDS) for case in beside_lora if case.norms == "full"),
+        *(replace(case, rounds=ROUNDS) for case in beside_lora),
         top, replace(top, through=True), floor, replace(galore, tokens="16x512"), full, lisa,
         replace(small, provider="owlore-dense"),
         *(replace(case, side="reverse") for case in memory),
