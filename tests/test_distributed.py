@@ -41,6 +41,8 @@ OPTIONS: dict[str, Any] = {
     "scores": SCORES,
     "lr": 1e-2,
     "on_refresh": "transport",
+    "embeddings": "full",
+    "head": "full",
 }
 STEPS = 12
 
@@ -513,6 +515,60 @@ def test_two_shards_equal_one_process(part, monkeypatch):
     monkeypatch.setenv("OWLORE_DEBUG", "1")
     cases = list(CASES)[part]
     compare_with_one_process(cases, ranks.run(run_fsdp, cases))
+
+
+def run_ways_to_shard(folder: str) -> list[dict[str, Tensor]]:
+    """Trains sharded in several ways; in the last one a checkpoint is written meanwhile."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank = torch.distributed.get_rank()
+
+    def pairs(model: nn.Module) -> None:
+        blocks = list(model.model.layers)
+        fully_shard(blocks[:2])
+        fully_shard(blocks[2:], reshard_after_forward=False)
+        fully_shard(model)
+
+    def blocks_alone(model: nn.Module) -> None:
+        for block in model.model.layers:
+            fully_shard(block)
+
+    def prefetching(model: nn.Module) -> None:
+        shard(model)
+        first, second, *_ = model.model.layers
+        first.set_modules_to_forward_prefetch([second])
+        second.set_modules_to_backward_prefetch([first])
+
+    found = []
+    for way in (pairs, blocks_alone, prefetching):
+        model = llama()
+        way(model)
+        optimizer = OwLore(model, **OPTIONS)
+        train(model, optimizer, range(3), rank)
+        saving = None
+        if way is prefetching:
+            beside = torch.distributed.new_group(backend="gloo")
+            saving = dcp.async_save(
+                states(model, optimizer), checkpoint_id=folder, process_group=beside
+            )
+        train(model, optimizer, range(3, 6), rank)
+        found.append(weights_of(model))
+    saving.result()
+    model = shard(llama())
+    optimizer = OwLore(model, **OPTIONS)
+    load(folder, model, optimizer)
+    train(model, optimizer, range(3, 6), rank)
+    return [*found, weights_of(model)]
+
+
+def test_every_way_to_shard_equals_one_process(tmp_path):
+    model = llama()
+    train(model, OwLore(model, **OPTIONS), range(6), None)
+    for found in ranks.run(run_ways_to_shard, str(tmp_path)):
+        for weights in found:
+            for name, want in model.state_dict().items():
+                torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
+        assert_equal(found[-1], found[-2], "resumed")
 
 
 COMPILED = {"ddp": ["projected", "dense"], "fsdp2": ["checkpointing"]}
