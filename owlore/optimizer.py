@@ -209,7 +209,10 @@ class OwLore(Optimizer):
             if member.projection is not None:
                 self._flags.set(member.weight, False)
         self._sealed = False
-        super().__init__(param_groups(members, given), {"lr": given.lr})
+        # Schedulers look here for what they may change (OneCycleLR for betas).
+        names = ("lr", "betas", "eps", "weight_decay")
+        defaults = {name: getattr(given, name) for name in names}
+        super().__init__(param_groups(members, given), defaults)
         self._sealed = True
         # A flattened distributed checkpoint takes the keys of the groups, of which this is one;
         # `state_dict` fills it.
