@@ -252,6 +252,28 @@ def test_preset_full_equals_adamw(tiny_llama):
         torch.testing.assert_close(a, b, **tolerances.TRAINING_FLOAT64)
 
 
+def test_a_scheduler_that_moves_rate_and_betas(tiny_llama):
+    ours = tiny_llama.double()
+    theirs = copy.deepcopy(ours)
+    optimizer = OwLore(ours, OwLoreConfig.preset("full", lr=1e-3))
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.0)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(each, 1e-2, total_steps=10)
+        for each in (optimizer, adamw)
+    ]
+    seen = set()
+    for step in range(9):
+        for model, each, scheduler in zip(
+            (ours, theirs), (optimizer, adamw), schedulers, strict=True
+        ):
+            train_step(model, each, step)
+            scheduler.step()
+        seen |= {group["betas"] for group in optimizer.param_groups}
+    assert len(seen) > 5
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **tolerances.TRAINING_FLOAT64)
+
+
 # What trains and what does not.
 
 
