@@ -167,18 +167,21 @@ def cases() -> list[Case]:
 
 
 def compiled_cases() -> list[Case]:
-    """What --compile runs unless --cases selects: our rows and LoRA's, embedding and head frozen.
+    """What --compile runs unless --cases selects, those first that are missed most.
 
-    Drawn rows, with the most graphs, and those without norms come after the others.
+    Beside LoRA with embedding and head frozen, and beside GaLore where the host is the limit of
+    blocks that are not compiled. Drawn rows, with the most graphs, and those without norms last.
     """
     found = [
         replace(case, rounds=1)
         for case in cases()
         if case.model == "llama2-7b" and case.tokens != "8x512" and case.side == "std"
-        and case.embeddings == case.norms.replace("full", "freeze") == "freeze"
         and case.chosen is None and (case.blocks == 32 or case.draws)
+        and case.moments == "bf16" and (case.embeddings == "freeze" or case.rounds > 1)
     ]  # fmt: skip
-    return sorted(found, key=lambda case: (case.norms == "freeze", case.draws))
+    return sorted(
+        found, key=lambda case: (case.norms == "freeze", case.draws, case.tokens == "1x2048")
+    )
 
 
 def shrunk(case: Case, blocks: int, of: int) -> Case:

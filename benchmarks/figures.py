@@ -157,7 +157,7 @@ def lora_table() -> str:
     rows = [row for row in training_rows() if row["embeddings"] == "freeze"]
     compiled = []
     if (RESULTS / "h100" / "train_compiled.json").is_file():
-        compiled = load("train_compiled")
+        compiled = [row for row in load("train_compiled") if row["embeddings"] == "freeze"]
 
     def key(row: Row, provider: str) -> tuple[object, ...]:
         return row["tokens"], row["checkpointing"], provider

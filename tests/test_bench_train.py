@@ -207,12 +207,13 @@ def test_what_a_draw_costs_is_all_beyond_its_last_step(
     assert found.refreshes == [8.0] * case.draws
 
 
-def test_compiled_rows_are_read_beside_lora(bench: Any) -> None:
+def test_compiled_rows_are_read_beside_a_rival(bench: Any) -> None:
     found = bench.compiled_cases()
-    assert {case.provider for case in found} == {"owlore", "peft-lora"}
+    assert {case.provider for case in found} == {"owlore", "peft-lora", "galore-torch"}
     for case in found:
-        like = (case.tokens, case.checkpointing)
-        assert ("peft-lora", *like) in {(c.provider, c.tokens, c.checkpointing) for c in found}
+        rival = "peft-lora" if case.embeddings == "freeze" else "galore-torch"
+        like = (rival, case.tokens, case.checkpointing, case.embeddings)
+        assert like in {(c.provider, c.tokens, c.checkpointing, c.embeddings) for c in found}
     assert {case.blocks for case in found if case.draws} == {5}
 
 
@@ -275,7 +276,11 @@ def test_the_table_beside_lora_pairs_rows_of_one_run(
         row(checkpointing=False, tokens_per_s=600.0, peak_gib=57.0),
         row(tokens="1x2048"),
     ]
-    compiled = [row(compile=True, tokens_per_s=1800.0), row(**lora, compile=True)]
+    compiled = [
+        row(compile=True, tokens_per_s=1800.0),
+        row(**lora, compile=True),
+        row(compile=True, embeddings="full", tokens_per_s=1700.0),
+    ]
     results = {"train": eager, "train_compiled": compiled}
     monkeypatch.setattr(figures, "load", lambda name: results[name])
     monkeypatch.setattr(Path, "is_file", lambda path: path.stem in results)
