@@ -15,8 +15,9 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # (`owlore.projected`).
 COORDINATES, SKETCH = "owlore_coordinates", "owlore_sketch"
 BLOCKS, BLOCK_NORMS = "blocks", "block_norms"
-EMBEDDINGS, HEAD, NORM, OTHER = "embeddings", "head", "norm", "other"
-ROLES = (BLOCKS, BLOCK_NORMS, EMBEDDINGS, HEAD, NORM, OTHER)
+EMBEDDINGS, HEAD, CLASSIFIER = "embeddings", "head", "classifier"
+NORM, OTHER = "norm", "other"
+ROLES = (BLOCKS, BLOCK_NORMS, EMBEDDINGS, HEAD, CLASSIFIER, NORM, OTHER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Entry:
         name: Qualified name without wrappers' prefixes.
         param: The parameter.
         role: One of ROLES: the blocks' linear weights, the blocks' norms and biases, embeddings,
-            LM head, final norm, and what fits no scheme.
+            LM head, the head of a model that classifies, final norm, and what fits no scheme.
         block: Index of the decoder block, or None outside the blocks.
         transposed: Whether the weight is stored [in, out] (GPT-2's Conv1D).
         siblings: Key of the linear layers that may read the same input: parent module, in features.
@@ -153,12 +154,14 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[str, 
     return clean_name(name), blocks
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The LM head, or the heads of a model that classifies (score, classifier, qa_outputs)."""
+def _lm_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else getattr(model, "lm_head", None)
-    if isinstance(head, nn.Module):
-        return [head]
+    return head if isinstance(head, nn.Module) else None
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """The heads of a model that classifies (score, classifier, qa_outputs)."""
     return [child for child in model.children() if isinstance(child, nn.Linear)]
 
 
@@ -211,7 +214,10 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
                 features = weight.shape[0 if transposed else 1]
                 linear[id(weight)] = (transposed, f"{index}.{_parent(name)}", features)
     embeddings = {id(p) for module in _embedding_modules(model, owner) for p in module.parameters()}
-    head_params = {id(p) for head in _heads(model) for p in head.parameters()}
+    lm_head = _lm_head(model)
+    heads = _classifiers(model) if lm_head is None else [lm_head]
+    head_role = CLASSIFIER if lm_head is None else HEAD
+    head_params = {id(p) for head in heads for p in head.parameters()}
     owned = {id(p) for p in owner.parameters()}
 
     entries = []
@@ -238,7 +244,7 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
         elif key in embeddings:
             entries.append(Entry(name, param, EMBEDDINGS, module=only))
         elif key in head_params:
-            entries.append(Entry(name, param, HEAD, module=only))
+            entries.append(Entry(name, param, head_role, module=only))
         elif key in owned and param.dim() <= 1:
             entries.append(Entry(name, param, NORM))
         else:

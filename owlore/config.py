@@ -24,12 +24,14 @@ ON_REFRESH = ("keep", "reset", "transport")
 STATES = ("reset", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("fp32", "bf16")
+# The published methods train embeddings and head with plain Adam.
+_TRAINED = {"embeddings": "full", "head": "full"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "owlore": {"blocks": 5},
-    "ows": {"blocks": 5, "rank": None},
-    "lisa": {"distribution": "uniform", "blocks": 5, "rank": None},
-    "galore": {"distribution": "uniform", "blocks": "all"},
-    "full": {"distribution": "uniform", "blocks": "all", "rank": None},
+    "owlore": {"blocks": 5} | _TRAINED,
+    "ows": {"blocks": 5, "rank": None} | _TRAINED,
+    "lisa": {"distribution": "uniform", "blocks": 5, "rank": None} | _TRAINED,
+    "galore": {"distribution": "uniform", "blocks": "all"} | _TRAINED,
+    "full": {"distribution": "uniform", "blocks": "all", "rank": None} | _TRAINED,
 }
 
 Distribution = str | Callable[[Any], Sequence[float]]
@@ -124,8 +126,8 @@ class OwLoreConfig:
     refresh_interval: int = option(200, "steps between refreshes of a basis while a block stays")
     on_refresh: str = option("keep", "what happens to the moments at a refresh", ON_REFRESH)
     state: str = option("reset", "what happens to a block's state when it is left", STATES)
-    embeddings: str = option("full", "how the embeddings train", ("full", "freeze", "lowrank"))
-    head: str = option("full", "how the LM head trains", ("full", "freeze", "lowrank"))
+    embeddings: str = option("freeze", "how the embeddings train", ("full", "freeze", "lowrank"))
+    head: str = option("freeze", "how the LM head trains", ("full", "freeze", "lowrank"))
     norms: str = option("full", "how norms and biases train", ("full", "freeze"))
     other: str = option("freeze", "how parameters that fit no scheme train", ("freeze", "full"))
     dense_lr: float | None = option(None, "learning rate outside low-rank weights (default: lr)")

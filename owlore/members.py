@@ -257,6 +257,8 @@ def choose_members(
         blocks.BLOCK_NORMS: config.norms,
         blocks.EMBEDDINGS: config.embeddings,
         blocks.HEAD: config.head,
+        # New weights, as a rule.
+        blocks.CLASSIFIER: "full",
         blocks.NORM: config.norms,
         blocks.OTHER: config.other,
     }

@@ -127,6 +127,8 @@ def expected_roles(name: str) -> dict[str, set[str]]:
     for role, key in (("blocks", "linear"), ("block_norms", "norms"), ("other", "other")):
         roles[role] = {full for prefix in prefixes for full in full_names(table[key], prefix)}
     roles["other"] |= full_names(table.get("outside", ""))
+    # All of them model language.
+    roles["classifier"] = set()
     if name == "llava":
         outside = re.compile(r"model\.(vision_tower|multi_modal_projector)\.")
         model = tiny_models.build(name)
@@ -167,7 +169,7 @@ def test_three_steps_change_only_what_is_documented(name, rank, gradient):
     always = roles["embeddings"] | roles["head"] | roles["norm"]
     optimizer = OwLore(
         model, distribution="uniform", blocks=1, rank=rank, interval=2, lr=1e-2, seed=1,
-        gradient=gradient, refresh="exact",
+        gradient=gradient, refresh="exact", embeddings="full", head="full",
     )  # fmt: skip
 
     def weight(key: str) -> str:
@@ -327,6 +329,8 @@ def test_a_conv1d_model_trains_as_its_linear_form(side, basis, gradient):
         "side": side,
         "basis": basis,
         "gradient": gradient,
+        "embeddings": "full",
+        "head": "full",
     }
     models = {"conv": conv, "linear": linear}
     optimizers = {key: OwLore(model, **options) for key, model in models.items()}
@@ -559,7 +563,9 @@ def test_parameters_that_the_user_froze_stay_frozen():
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = OwLore(model, distribution="uniform", blocks="all", rank=2, lr=1e-2)
+    optimizer = OwLore(
+        model, distribution="uniform", blocks="all", rank=2, lr=1e-2, embeddings="full", head="full"
+    )
     for step in range(2):
         model(**tiny_models.batch(seed=step)).loss.backward()
         optimizer.step()

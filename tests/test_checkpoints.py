@@ -32,6 +32,8 @@ OPTIONS: dict[str, Any] = {
     "scores": SCORES,
     "refresh_interval": 3,
     "on_refresh": "transport",
+    "embeddings": "full",
+    "head": "full",
 }
 
 

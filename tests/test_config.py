@@ -43,8 +43,8 @@ DEFAULTS = {
     "refresh_interval": 200,
     "on_refresh": "keep",
     "state": "reset",
-    "embeddings": "full",
-    "head": "full",
+    "embeddings": "freeze",
+    "head": "freeze",
     "norms": "full",
     "other": "freeze",
     "dense_lr": None,
@@ -304,11 +304,12 @@ def test_presets():
         default = OwLoreConfig().to_dict()
         return {key: value for key, value in plain.items() if value != default[key]}
 
-    assert differs("owlore") == {"blocks": 5}
-    assert differs("ows") == {"blocks": 5, "rank": None}
-    assert differs("lisa") == {"distribution": "uniform", "blocks": 5, "rank": None}
-    assert differs("galore") == {"distribution": "uniform"}
-    assert differs("full") == {"distribution": "uniform", "rank": None}
+    trained = {"embeddings": "full", "head": "full"}
+    assert differs("owlore") == {"blocks": 5} | trained
+    assert differs("ows") == {"blocks": 5, "rank": None} | trained
+    assert differs("lisa") == {"distribution": "uniform", "blocks": 5, "rank": None} | trained
+    assert differs("galore") == {"distribution": "uniform"} | trained
+    assert differs("full") == {"distribution": "uniform", "rank": None} | trained
     assert OwLoreConfig.preset("lisa", blocks=2, rank=4).rank == 4
 
 

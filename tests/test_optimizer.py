@@ -34,6 +34,8 @@ SMALL: dict[str, Any] = {
     "interval": 3,
     "scores": SCORES,
     "gradient": "dense",
+    "embeddings": "full",
+    "head": "full",
 }
 
 
@@ -177,6 +179,8 @@ def test_fifty_steps_equal_an_independent_composition(tiny_llama, options):
             "basis": "svd",
             "gradient": "dense",
             "seed": 5,
+            "embeddings": "full",
+            "head": "full",
             **options,
         }
     )
@@ -224,6 +228,8 @@ def test_all_blocks_and_the_identity_basis_equal_adamw(tiny_llama, side, monkeyp
         distribution="uniform",
         weight_decay=0.1,
         gradient="dense",
+        embeddings="full",
+        head="full",
     )
     # A rank is clamped to the smaller side; the identity on the larger one needs all its columns.
     for member in optimizer._members:
@@ -311,7 +317,7 @@ def test_only_active_blocks_and_the_always_trained_move(tiny_llama, preset, dtyp
     ],
 )
 def test_frozen_roles_stay(tiny_llama, options, frozen):
-    optimizer = OwLore(tiny_llama, **SMALL, **options)
+    optimizer = OwLore(tiny_llama, **SMALL | options)
     before = weights(tiny_llama)
     for step in range(4):
         train_step(tiny_llama, optimizer, step)
@@ -324,7 +330,7 @@ def test_frozen_roles_stay(tiny_llama, options, frozen):
 
 
 def test_lowrank_embedding_and_head(tiny_llama):
-    optimizer = OwLore(tiny_llama, **SMALL, embeddings="lowrank", head="lowrank")
+    optimizer = OwLore(tiny_llama, **SMALL | {"embeddings": "lowrank", "head": "lowrank"})
     before = weights(tiny_llama)
     train_step(tiny_llama, optimizer, 0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -337,7 +343,7 @@ def test_lowrank_embedding_and_head(tiny_llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embeddings": "freeze"}, "embeddings and head must be the same"),
+        ({"embeddings": "full"}, "embeddings and head must be the same"),
         ({"embeddings": "lowrank", "head": "lowrank"}, "'lowrank' is not possible"),
     ],
 )
@@ -395,7 +401,7 @@ def test_a_rank_above_the_smaller_side_is_clamped_and_named(tiny_llama):
 
 
 def test_dense_lr_is_for_what_trains_densely(tiny_llama):
-    optimizer = OwLore(tiny_llama, **SMALL, dense_lr=1e-5, head="lowrank", moments="bf16")
+    optimizer = OwLore(tiny_llama, **SMALL | {"head": "lowrank"}, dense_lr=1e-5, moments="bf16")
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates["head"] == 3e-4
     assert rates["embeddings"] == 1e-5
@@ -670,17 +676,26 @@ def test_a_block_frozen_by_its_user_is_never_drawn(tiny_llama):
         OwLore(tiny_llama, **{**SMALL, "blocks": 4})
 
 
+def test_embedding_and_head_rest_by_default(tiny_llama):
+    optimizer = OwLore(tiny_llama, rank=4, gradient="dense")
+    before = weights(tiny_llama)
+    tiny_llama(batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    frozen = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert changed(tiny_llama, before) == set(before) - frozen
+
+
 def test_the_head_of_a_classifier_trains(tiny_llama):
     from transformers import LlamaForSequenceClassification
 
     config = copy.deepcopy(tiny_llama.config)
     config.num_labels, config.pad_token_id = 3, 0
     model = LlamaForSequenceClassification(config).train()
-    optimizer = OwLore(model, **SMALL)
+    optimizer = OwLore(model, rank=4, gradient="dense")
     before = weights(model)
     model(batch(0), labels=torch.tensor([1, 2])).loss.backward()
     optimizer.step()
-    assert "score.weight" in changed(model, before)
+    assert changed(model, before) == set(before) - {"model.embed_tokens.weight"}
 
 
 def test_groups_are_complete_from_the_start(tiny_llama):

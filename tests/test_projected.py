@@ -32,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from owlore import OwLore, projected, projection
 from owlore.blocks import COORDINATES, SKETCH
 
-SMALL: dict[str, Any] = {"blocks": 2, "rank": 4, "interval": 5, "scores": SCORES}
+TRAINED = {"embeddings": "full", "head": "full"}
+SMALL: dict[str, Any] = {"blocks": 2, "rank": 4, "interval": 5, "scores": SCORES} | TRAINED
 M, N, R, T = 48, 32, 8, 37
 
 
@@ -255,7 +256,7 @@ def test_no_tensor_of_a_weights_shape_comes_up_in_backward(tiny_llama, gradient,
     inside |= {shape[::-1] for shape in inside}
     if options:
         inside |= {(64, 32), (32, 64)}
-    optimizer = OwLore(model, **SMALL, gradient=gradient, **options)
+    optimizer = OwLore(model, gradient=gradient, **SMALL | options)
     formed = []
     for _ in range(3):
         ids = torch.randint(0, 64, (3, 11))  # 33 tokens: unlike any size of the model
@@ -366,7 +367,8 @@ def test_a_run_on_sketches_learns_what_it_is_shown(tiny_llama):
     for refresh in ("sketch", "exact"):
         model = copy.deepcopy(tiny_llama)
         optimizer = OwLore(
-            model, **{**SMALL, "blocks": "all", "lr": 3e-3, "refresh": refresh}, embeddings="freeze"
+            model,
+            **SMALL | {"blocks": "all", "lr": 3e-3, "refresh": refresh, "embeddings": "freeze"},
         )
         for _ in range(60):
             train_step(model, optimizer, 0)
@@ -628,7 +630,7 @@ def test_resume_at_any_step_gives_the_same_bits(tiny_llama, state, accumulation,
 def test_a_layer_stays_what_it_was_to_everyone_else(tiny_llama, tmp_path):
     plain = copy.deepcopy(tiny_llama)
     keys = list(plain.state_dict())
-    optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": "all"}, embeddings="lowrank")
+    optimizer = OwLore(tiny_llama, **SMALL | {"blocks": "all", "embeddings": "lowrank"})
     train_step(tiny_llama, optimizer, 0)
     train_step(tiny_llama, optimizer, 1)
     module = tiny_llama.model.layers[0].mlp.up_proj
@@ -677,7 +679,7 @@ def test_detach_restores_the_model_object(tiny_llama):
     before = {name: type(module) for name, module in tiny_llama.named_modules()}
     names = [name for name, _ in tiny_llama.named_parameters()]
     attributes = {name: set(vars(module)) for name, module in tiny_llama.named_modules()}
-    optimizer = OwLore(tiny_llama, **SMALL, embeddings="lowrank", head="lowrank")
+    optimizer = OwLore(tiny_llama, **SMALL | {"embeddings": "lowrank", "head": "lowrank"})
     assert {name: type(m) for name, m in tiny_llama.named_modules()} != before
     for step in range(3):
         train_step(tiny_llama, optimizer, step)

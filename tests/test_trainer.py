@@ -32,6 +32,8 @@ OPTIONS: dict[str, Any] = {
     "rank": 3,
     "interval": 2,
     "seed": 1,
+    "embeddings": "full",
+    "head": "full",
 }
 ROWS = 64
 
