@@ -244,10 +244,12 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def table_of(text: str) -> tuple[str, list[str]]:
     """Table and methods of an argument such as "test:full,owlore"; no methods are all of them.
 
+    What follows an @ is the one variant that is wanted.
+
     Raises:
         SystemExit: There is no such table or method.
     """
-    table, _, methods = text.partition(":")
+    table, _, methods = text.partition("@")[0].partition(":")
     found = methods.split(",") if methods else []
     if table not in TABLES or set(found) - METHODS.keys():
         raise SystemExit(f"no table {text}: expected one of {', '.join(TABLES)}, then :METHOD,...")
@@ -802,9 +804,12 @@ def next_job(
             failed |= {job.key for job in jobs(needed, done)}
     ended = {key_of(row) for row in done} | failed
     order: list[tuple[tuple[int, int, bool], Job]] = []
-    for number, (table, methods) in enumerate(map(table_of, args.tables)):
+    for number, text in enumerate(args.tables):
+        (table, methods), variant = table_of(text), text.partition("@")[2]
         only = methods or args.only
         for job in jobs(table, done, failed):
+            if variant not in ("", job.variant):
+                continue
             if job.key not in ended and (not only or job.method in only):
                 seed = job.seed if table in SEEDWISE else 0
                 order.append(((number, seed, kind(job) not in kinds), job))
@@ -1047,7 +1052,9 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="run what is missing of tables")
-    one.add_argument("tables", nargs="+", metavar="TABLE[:METHOD,...]", help=", ".join(TABLES))
+    one.add_argument(
+        "tables", nargs="+", metavar="TABLE[:METHOD,...][@VARIANT]", help=", ".join(TABLES)
+    )
     one.add_argument("--limit", type=int, help="runs at most")
     one.add_argument("--claims", type=Path, help="folder shared by processes that share FILE")
     one.add_argument("--processes", type=int, default=1, help="that share this GPU")

@@ -652,6 +652,10 @@ def test_tables_may_name_methods(tmp_path: Path) -> None:
     claims = quality_queue.Claims(tmp_path / "claims")
     found = [quality.next_job(args, claims, (), 9.0, {})[0].method for _ in range(4)]
     assert found == ["lora", "lora", "lora", "full"]
+    args.tables = ["validation:owlore@blocks=all"]
+    found = [quality.next_job(args, claims, (), 9.0, {}) for _ in range(4)]
+    assert {job.variant for job, _ in found[:3]} == {"blocks=all"}
+    assert found[3] == "wait"
 
 
 def test_a_merge_names_anew_what_was_chosen(tmp_path: Path, monkeypatch) -> None:
