@@ -256,6 +256,13 @@ class Flags:
             gathered.requires_grad_(flag)
 
 
+def has_ranks() -> bool:
+    """Whether this process is one of several."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
+
+
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP wrapper that a model was given in, inside torch.compile's."""
     while not isinstance(model, DistributedDataParallel):

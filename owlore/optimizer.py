@@ -252,6 +252,9 @@ class OwLore(Optimizer):
         self._detached = False
         self._before_load: _Before | None = None
         self._first = self.param_groups[0]["params"][0]
+        # A frozen parameter that DDP is given where it would have none; its gradient is zeroed.
+        self._shown: nn.Parameter | None = None
+        self._silence: Any = None
         self._share(model)
         own_hook = _DrawHook(self, layout.owner, before)
         self._hook = layout.owner.register_forward_pre_hook(own_hook)
@@ -282,7 +285,19 @@ class OwLore(Optimizer):
             return
         distributed.refuse_later_shards()
         ddp = distributed.find_ddp(model)
-        self._show = distributed.hide_from_ddp(self._model, ddp, [*hidden, *self._frozen])
+        frozen = self._frozen
+        if not always and (ddp is not None or distributed.has_ranks()):
+            norms = [e for e in self._layout.entries if e.role == blocks.NORM]
+            self._shown = next((e.param for e in norms if any(e.param is p for p in frozen)), None)
+            if self._shown is not None:
+                # DDP refuses a model without a parameter to manage: it averages zeros of this one.
+                self._shown.requires_grad_(True)
+                self._silence = self._shown.register_hook(torch.zeros_like)
+                frozen = [param for param in frozen if param is not self._shown]
+                self._exchange = distributed.Exchange(
+                    self._layout.owner, hidden, values, [self._shown]
+                )
+        self._show = distributed.hide_from_ddp(self._model, ddp, [*hidden, *frozen])
         if ddp is not None:
             self._exchange.wrapped_by(ddp, synced=True)
 
@@ -408,7 +423,7 @@ class OwLore(Optimizer):
 
     def _apply_flags(self) -> None:
         for param in self._frozen:
-            self._flags.set(param, False)
+            self._flags.set(param, param is self._shown)
             param.grad = None
         for member in self._members:
             active = self._is_active(member)
@@ -530,6 +545,8 @@ class OwLore(Optimizer):
         self._hook.remove()
         self._exchange.close()
         self._show()
+        if self._silence is not None:
+            self._silence.remove()
         if self._inputs_needed_grads:
             cast(Any, self._model).enable_input_require_grads()
         for member in self._members:

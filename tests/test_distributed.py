@@ -124,6 +124,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reentrant checkpointing": ({}, {"reentrant": True}),
     "low-rank embedding and head": ({"embeddings": "lowrank", "head": "lowrank"}, {}),
     "frozen embedding and head": ({"embeddings": "freeze", "head": "freeze"}, {"clip": 0.3}),
+    "blocks' weights alone": (
+        {"embeddings": "freeze", "head": "freeze", "norms": "freeze"},
+        {"accumulation": 2, "clip": 0.3},
+    ),
     "left side, all blocks": ({"side": "left", "blocks": "all"}, {"accumulation": 2}),
     "dense": ({"gradient": "dense"}, {"clip": 0.3}),
     "dense, accumulation": (
@@ -958,8 +962,10 @@ def run_wrong_orders() -> list[str]:
         kept.detach()
 
     def nothing_left() -> None:
+        model = llama()
+        model.model.norm = nn.Identity()
         frozen = {"embeddings": "freeze", "head": "freeze", "norms": "freeze"}
-        OwLore(DistributedDataParallel(llama()), **OPTIONS | frozen)
+        OwLore(DistributedDataParallel(model), **OPTIONS | frozen)
 
     def forgotten() -> None:
         model = llama()
