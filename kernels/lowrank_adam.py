@@ -346,11 +346,18 @@ def _in_pieces(U, WARPS: tl.constexpr, BESIDE: tl.constexpr):
 
 
 @triton.jit
-def _places(A: tl.constexpr, B: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.constexpr):
-    """Of the pieces of a tile [A, B]: rows [a, X, 1], columns [1, X, b] and columns // 8."""
+def _places(
+    A: tl.constexpr, B: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.constexpr,
+    PART: tl.constexpr = 0, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """Of the pieces of a tile [A, B]: rows [a, X, 1], columns [1, X, b] and columns // 8.
+
+    PARTS: Only those of one part of the X.
+    """
     if WARPS > 0:
         ACROSS: tl.constexpr = B // 32
-        x = tl.arange(0, A // (8 * WARPS) * ACROSS)[None, :, None]
+        SOME: tl.constexpr = A // (8 * WARPS) * ACROSS // PARTS
+        x = PART * SOME + tl.arange(0, SOME)[None, :, None]
         row = x // ACROSS * (8 * WARPS) + tl.arange(0, 8 * WARPS)[:, None, None]
         x = x % BESIDE * (ACROSS // BESIDE) + x % ACROSS // BESIDE
         col = x * 32 + tl.arange(0, 32)[None, None, :]
@@ -360,6 +367,15 @@ def _places(A: tl.constexpr, B: tl.constexpr, WARPS: tl.constexpr, BESIDE: tl.co
         col = tl.arange(0, B)[None, None, :]
         group = tl.arange(0, B // 8)[None, None, :]
     return row, col, group
+
+
+@triton.jit
+def _two_parts(pieces):
+    """First and second half of the pieces of a tile; no data moves."""
+    A: tl.constexpr = pieces.shape[0]
+    X: tl.constexpr = pieces.shape[1]
+    B: tl.constexpr = pieces.shape[2]
+    return tl.split(tl.permute(tl.reshape(pieces, (A, 2, X // 2, B)), (0, 2, 3, 1)))
 
 
 @triton.jit
@@ -772,6 +788,7 @@ def _walk_down(
     x_tile = x_row * RANK + ranks
     y_tile = y_row * RANK + ranks
     WHOLE: tl.constexpr = EVEN and RANK % RANK_BLOCK == 0
+    stride_m = stride
     stride = stride.to(tl.int64)
     if RESIDENT:
         if WHOLE:
@@ -795,14 +812,26 @@ def _walk_down(
             else:
                 X = tl.load(X_at + x_tile, mask=(x_row < left) & (ranks < RANK), other=0.0)
             U = tl.dot(X, tl.trans(Y), input_precision=PRECISION)
-            new = _update_tile(
-                _in_pieces(U, WARPS, BESIDE), W, row, col, group, k, first_col, left, cols_left,
-                kept_ptr, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
-            )  # fmt: skip
-            if EVEN:
-                tl.store(W_at + w_tile, new)
+            U = _in_pieces(U, WARPS, BESIDE)
+            # In parts where a thread would not have registers for all its random bits at once.
+            PARTS: tl.constexpr = 2 if STOCHASTIC and WARPS > 0 and U.shape[1] > 1 else 1
+            if PARTS == 2:
+                U0, U1 = _two_parts(U)
+                W0, W1 = _two_parts(W)
             else:
-                tl.store(W_at + w_tile, new, mask=(row < left) & (col < cols_left))
+                U0, U1, W0, W1 = U, U, W, W
+            for part in tl.static_range(PARTS):
+                some_row, some_col, some_group = _places(ROWS, COLS, WARPS, BESIDE, part, PARTS)
+                new = _update_tile(
+                    U0 if part == 0 else U1, W0 if part == 0 else W1, some_row, some_col,
+                    some_group, k, first_col, left, cols_left, kept_ptr, by_row, decay, step_size,
+                    key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
+                )  # fmt: skip
+                part_at = W_at + _tile(some_row, some_col, stride_m, stride_n, UNIT)
+                if EVEN:
+                    tl.store(part_at, new)
+                else:
+                    tl.store(part_at, new, mask=(some_row < left) & (some_col < cols_left))
     else:
         W_at = w_ptr + stride * first_row
         x_ptr += first_row.to(tl.int64) * RANK
@@ -817,18 +846,32 @@ def _walk_down(
                 X = tl.load(x_ptr + rank + x_tile, mask=some & (x_row < left), other=0.0)
                 Y = tl.load(y_ptr + rank + y_tile, mask=some & (y_row < cols_left), other=0.0)
             U = tl.dot(X, tl.trans(Y), U, input_precision=PRECISION)
-        if EVEN:
-            W = tl.load(W_at + w_tile)
+        U = _in_pieces(U, WARPS, BESIDE)
+        # As above; the product leaves fewer registers here.
+        PARTS: tl.constexpr = 4 if WARPS > 0 and U.shape[1] > 3 else 1
+        if PARTS == 4:
+            above, below = _two_parts(U)
+            U0, U1 = _two_parts(above)
+            U2, U3 = _two_parts(below)
         else:
-            W = tl.load(W_at + w_tile, mask=(row < left) & (col < cols_left), other=0.0)
-        new = _update_tile(
-            _in_pieces(U, WARPS, BESIDE), W, row, col, group, first_row, first_col, left,
-            cols_left, kept_ptr, by_row, decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
-        )  # fmt: skip
-        if EVEN:
-            tl.store(W_at + w_tile, new)
-        else:
-            tl.store(W_at + w_tile, new, mask=(row < left) & (col < cols_left))
+            U0, U1, U2, U3 = U, U, U, U
+        for part in tl.static_range(PARTS):
+            some_row, some_col, some_group = _places(ROWS, COLS, WARPS, BESIDE, part, PARTS)
+            part_at = W_at + _tile(some_row, some_col, stride_m, stride_n, UNIT)
+            inside = (some_row < left) & (some_col < cols_left)
+            if EVEN:
+                W = tl.load(part_at)
+            else:
+                W = tl.load(part_at, mask=inside, other=0.0)
+            new = _update_tile(
+                (U0 if part == 0 else U1) if part < 2 else (U2 if part == 2 else U3), W, some_row,
+                some_col, some_group, first_row, first_col, left, cols_left, kept_ptr, by_row,
+                decay, step_size, key, W_DTYPE, STOCHASTIC, FLIPPED, SKIPS,
+            )  # fmt: skip
+            if EVEN:
+                tl.store(part_at, new)
+            else:
+                tl.store(part_at, new, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
@@ -972,14 +1015,14 @@ def _power_of_two(x: int, least: int = 16) -> int:
 # on 80, 99 KiB on 86, 89 and 120, 227 KiB on 100), and registers as the compiler reports them.
 _H100 = (
     (64, Config(False, 128, 128, 2, 4, 8, 128, 64, 512, 4, 8, True, registers=128)),
-    (128, Config(False, 128, 128, 4, 3, 8, 128, 64, 512, 3, 8, True, registers=128, ahead=2)),
+    (128, Config(False, 128, 128, 4, 3, 8, 64, 64, 512, 3, 8, True, registers=128, ahead=2)),
     (256, Config(True, 128, 64, 1, 4, 8, 128, 64, 1024, 3, 8, True, ahead=2)),
-    (1024, Config(True, 128, 64, 1, 4, 8, 256, 128, 128, 3, 16, True)),
+    (1024, Config(True, 128, 64, 1, 4, 8, 128, 128, 128, 3, 8, True, registers=128)),
 )
 _B200 = (
     (128, Config(True, 128, 64, 1, 3, 8, 128, 64, 512, 3, 8)),
     (256, Config(True, 64, 64, 1, 3, 8, 128, 64, 1024, 3, 8)),
-    (1024, Config(True, 128, 64, 1, 3, 8, 128, 128, 128, 3, 16)),
+    (1024, Config(True, 64, 64, 1, 3, 8, 128, 128, 128, 3, 16)),
 )
 _A100 = (
     (128, Config(False, 64, 64, 4, 3, 4, 128, 64, 512, 3, 8)),

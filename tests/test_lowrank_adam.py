@@ -607,7 +607,7 @@ def launched(sets, sides, config=None, **options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("r", [128, 256])
+@pytest.mark.parametrize("r", [128, 256, 512])
 @pytest.mark.parametrize("layout", ["rows", "view"])
 @pytest.mark.parametrize(
     "shapes",
@@ -628,7 +628,9 @@ def test_gluon_gives_the_bits_of_triton_on_the_gpu(shapes, layout, r, stochastic
         return torch.randn(*shape, generator=generator, device=DEVICE)
 
     sets, sides = [], []
-    for m, n in shapes:
+    # Whole tiles of 64 rows, of 128 at rank 512.
+    tile = 128 if r == 512 else 64
+    for m, n in [(-(-m // tile) * tile, n) for m, n in shapes]:
         for side in ("left", "right"):
             W, G = normal(m, n).bfloat16() * 0.05, normal(m, n).bfloat16()
             P = normal(m if side == "left" else n, r) / (m if side == "left" else n) ** 0.5
@@ -787,7 +789,7 @@ def resources(kernel, items):
     found = re.search(r"REG:(\\d+) STACK:(\\d+)", text.stdout)
     return {
         "kernel": kernel.__name__, "registers": int(found[1]), "stack": int(found[2]),
-        "shared": built.metadata.shared,
+        "shared": built.metadata.shared, "rank": constants["RANK"],
     }
 
 
@@ -814,7 +816,7 @@ class Matrix:
         self.shape = shape
 
 
-for rank in (128, 256, 512):
+for rank in (64, 128, 256, 512):
     for projected in (False, True):
         kinds = (torch.bfloat16, torch.float32 if projected else torch.bfloat16, torch.bfloat16)
         shared = (*kinds, torch.float32, rank, module.ROW_MAJOR, True)
@@ -824,6 +826,10 @@ for rank in (128, 256, 512):
             # From the table, and what serves on sm_90 where Gluon does not.
             for config in (None, module.config_for(90, rank, 2))[: 2 if architecture == 90 else 1]:
                 module._group([0, 1], shared, params, sides, projected, stochastic, config)
+        if architecture == 90 and rank > 64:
+            # Edges that are cut.
+            cut = [Matrix(200, 328), Matrix(328, 264)]
+            module._group([0, 1], shared, cut, sides, projected, True, None)
 print(json.dumps(rows))
 """
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -846,15 +852,15 @@ def test_table_compiles_without_spills(architecture, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     gluon = []
     for row in json.loads(done.stdout.splitlines()[-1]):
-        assert row["stack"] <= tolerances.SPILL_BYTES, row
+        assert row["stack"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[architecture], row
         if row["kernel"] == "_update_sm90_kernel":
-            assert row["stack"] == 0, row
-            # Two programs to a multiprocessor: of its registers and its shared memory.
-            assert row["registers"] <= 128, row
-            assert 2 * (row["shared"] + 1024) <= 228 * 1024, row
+            if row["rank"] <= 256:
+                # Two programs to a multiprocessor: of its registers and its shared memory.
+                assert row["registers"] <= 128, row
+                assert 2 * (row["shared"] + 1024) <= 228 * 1024, row
             gluon.append(row)
-    assert len(gluon) == (8 if architecture == 90 else 0)
+    assert len(gluon) == (12 if architecture == 90 else 0)
 
 
 CHOOSE = """
@@ -891,7 +897,8 @@ names = {}
 for name, options in {
     "128": {}, "256": {"rank": 256}, "nearest": {"stochastic": False},
     "float32 gradients": {"kinds": (BF16, FP32, BF16)},
-    "64": {"rank": 64}, "192": {"rank": 192}, "512": {"rank": 512},
+    "64": {"rank": 64}, "192": {"rank": 192},
+    "512": {"rank": 512, "shapes": ((512, 1024), (640, 256))}, "512, rows": {"rank": 512},
     "rows": {"shapes": ((512, 1024), (544, 256))}, "columns": {"shapes": ((512, 1024), (576, 320))},
     "column-major": {"layout": module.COLUMN_MAJOR}, "strided": {"layout": module.STRIDED},
     "unaligned": {"is_aligned": False},
@@ -935,7 +942,7 @@ def test_gluon_takes_what_it_covers_and_no_more():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = json.loads(done.stdout.splitlines()[-1])
-    covered = {"128", "256", "nearest", "float32 gradients", "a build of 3.6"}
+    covered = {"128", "256", "512", "nearest", "float32 gradients", "a build of 3.6"}
     for name, kernel in names.items():
         assert kernel == ("_update_sm90_kernel" if name in covered else "_update_kernel"), name
 

@@ -22,10 +22,6 @@ GALORE_FLOAT32 = {"rtol": 1e-5, "atol": 3e-6}
 # bits.
 LOWRANK_FLOAT32 = 3e-7
 LOWRANK_TENSOR_CORES = 4e-6
-# Bytes of registers that a thread may keep in local memory: none on Triton 3.6, where the table was
-# measured (64 at rank 512); later versions put up to this much there, outside the loops over W and
-# G.
-SPILL_BYTES = 128
 # 30 steps of the projected and the dense path on the same bases, relative (norm), for each weight:
 # the order of the sums differs, and with bfloat16 weights or autocast the dense path rounds G once.
 PROJECTED_FLOAT32 = 1e-5
