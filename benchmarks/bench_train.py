@@ -12,13 +12,13 @@ bfloat16, attention is torch's, gradient checkpointing is non-reentrant, nothing
 --compile is given (then every decoder block, in every provider). Each case starts from the bare
 model and must leave it so.
 
-peak_gib is torch.cuda.max_memory_allocated() from the fourth step on, over normal steps and, for
-owlore, two that refresh every active basis; planned_gib is what `owlore plan` says of the same
-case, unless it is compiled. step_ms is the median of normal steps, optimizer_ms the part of it
-after backward, refresh_ms what a refresh step takes beyond that. tokens_per_s belongs to the normal
-step; where refresh_every is set, every so many steps one refresh step is counted in. Steps of one
-sequence wait for the host, whose speed changes by the minute: what is compared there is measured
-again, after all else, in up to three rounds (round_ms), and medians are those of all steps.
+peak_gib is torch.cuda.max_memory_allocated() from the third step on, over normal steps and, for
+owlore, at least one that refreshes every active basis; planned_gib is what `owlore plan` says of
+the same case, unless it is compiled. step_ms is the median of normal steps, optimizer_ms the part
+of it after backward, refresh_ms what a refresh step takes beyond that. tokens_per_s belongs to the
+normal step; where refresh_every is set, every so many steps one refresh step is counted in. Steps
+of one sequence wait for the host, whose speed changes by the minute: what is compared there is
+measured again, after all else, in up to three rounds (round_ms), and medians are of all steps.
 
 Providers: owlore (backward computes low-rank gradients), owlore-dense (the same step from whole
 gradients), lisa (2 blocks, dense), galore-torch (its bases given: SVDs are not timed; svd_ms is one
@@ -27,15 +27,15 @@ fine-tuning), peft-lora (all linear layers but the head, bfloat16 adapters, Adam
 embed-head-only (blocks frozen: the floor of what trains embedding and head). Weights are bfloat16
 everywhere, and so are the states of AdamW. Blocks are drawn uniformly; where embedding and head are
 frozen they are spread evenly over the model, the first among them, so that backward has no short
-way: the worst draw (chosen says which). Rows named draws-8 measure what is drawn instead: eight
-uniform draws of three steps each, a draw every 50 steps counted in. A step's time is linear in the
-lowest of its blocks, below which nothing has a backward. Of five of 32 blocks that is block
-(32 + 1) / 6 - 1 = 4.5 on average, and the seed is the first whose eight draws have that average
+way: the worst draw (chosen says which). Rows named draws-4 and draws-8 measure what is drawn
+instead: so many uniform draws of three steps each, a draw every 50 steps counted in. A step's time
+is linear in the lowest of its blocks, below which nothing has a backward. Of five of 32 blocks that
+is block (32 + 1) / 6 - 1 = 4.5 on average, and the seed is the first whose draws have that average
 (lowest), so that their mean is that of all draws. Rows named through have none below either, but
 backward all the same. LoRA trains no norms; rows named norms-freeze train none either.
 
 Rows of 8x512 tokens are one table for each model: all methods, with the time of each method's SVDs
-or refreshes at its own interval (200 steps, or the draws' 50); drawn rows are of four draws there.
+or refreshes at its own interval (200 steps, or the draws' 50).
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class Case:
     # Draws to take the mean of, where blocks are neither chosen nor spread.
     draws: int = 0
     rounds: int = 1
+    # To be run after all rounds of the other cases.
+    last: bool = False
 
     @property
     def name(self) -> str:
@@ -132,26 +134,35 @@ def cases() -> list[Case]:
     lisa = replace(small, provider="lisa", blocks=2, rank=0, moments="bf16")
     top = replace(small, blocks=4, moments="bf16", embeddings="freeze", chosen=(28, 29, 30, 31))
     drawn = replace(memory[5], refresh_every=50, draws=DRAWS)
-    beside_lora = [
+    lora_pairs = [
         replace(case, checkpointing=on)
         for on in (True, False)
-        for case in (memory[4], lora, drawn, memory[5], replace(memory[4], norms="freeze"))
+        for case in (memory[4], lora, drawn)
+    ]  # fmt: skip
+    variants = [
+        replace(case, checkpointing=on)
+        for case in (replace(memory[4], norms="freeze"), memory[5])
+        for on in (True, False)
     ]
-    floors = [
-        replace(memory[3], tokens="16x512"), replace(full, tokens="16x512"),
-        replace(floor, tokens="16x512"), replace(small, tokens="16x512", refresh_every=50),
+    large = [
+        *lora_pairs, *variants, memory[3], full, floor, replace(small, refresh_every=50)
+    ]  # fmt: skip
+    rest = [
+        floor, full, lisa, replace(small, provider="owlore-dense"),
+        replace(galore, tokens="16x512"), *(replace(case, side="reverse") for case in memory),
     ]  # fmt: skip
     found = [
-        *(replace(case, tokens="16x512") for case in beside_lora), *floors,
+        *(replace(case, tokens="16x512", draws=case.draws // 2) for case in large),
         *(replace(case, rounds=ROUNDS) for case in (*memory[2:4], galore)), *memory[:2],
-        *(replace(case, rounds=ROUNDS) for case in beside_lora),
-        top, replace(top, through=True), floor, replace(galore, tokens="16x512"), full, lisa,
-        replace(small, provider="owlore-dense"),
-        *(replace(case, side="reverse") for case in memory),
+        # At one sequence LoRA's row stands between ours.
+        *(replace(case, rounds=ROUNDS) for case in lora_pairs),
+        top, replace(top, through=True),
+        *(replace(case, last=True) for case in (*variants, *rest)),
     ]  # fmt: skip
     table = [
-        replace(memory[3], refresh_every=200), replace(memory[0], refresh_every=50), lora, galore,
-        full, lisa, floor, replace(memory[4], refresh_every=200), replace(drawn, draws=4),
+        replace(memory[4], refresh_every=200), lora, galore, full,
+        replace(memory[3], refresh_every=200), replace(drawn, draws=DRAWS // 2),
+        replace(memory[0], refresh_every=50), lisa, floor,
     ]  # fmt: skip
     table = [replace(case, tokens="8x512") for case in table]
     found += table
@@ -166,6 +177,12 @@ def cases() -> list[Case]:
     return found
 
 
+def ordered(of: Sequence[Case], rounds: int) -> list[tuple[Case, int]]:
+    """Cases and the number of the round: no second round before all first ones."""
+    repeated = [(case, i) for i in range(rounds) for case in of if i < case.rounds]
+    return [pair for pair in repeated if not pair[0].last] + [(c, 0) for c in of if c.last]
+
+
 def compiled_cases() -> list[Case]:
     """What --compile runs unless --cases selects, those first that are missed most.
 
@@ -173,7 +190,7 @@ def compiled_cases() -> list[Case]:
     blocks that are not compiled. Drawn rows, with the most graphs, and those without norms last.
     """
     found = [
-        replace(case, rounds=1)
+        replace(case, rounds=1, last=False)
         for case in cases()
         if case.model == "llama2-7b" and case.tokens != "8x512" and case.side == "std"
         and case.chosen is None and (case.blocks == 32 or case.draws)
@@ -425,10 +442,9 @@ def measure(case: Case, model: nn.Module, bare: int, args: argparse.Namespace) -
     """Measures a case on a model of so many bytes."""
     cuda = args.device == "cuda"
     rows, length = size(case, args.small)
-    # Refreshes fall on steps 0, period and 2 period, draws on every multiple of it.
-    period = DRAW_STEPS if case.draws else 4
-    warm = 3
-    steps = 2 * period + 1 if case.provider in OWLORE or rows == 1 else warm + 4
+    # Refreshes fall on steps 0 and 4 and, where steps are short, 8; draws on every multiple of 3.
+    period, warm = (DRAW_STEPS, DRAW_STEPS) if case.draws else (4, 2)
+    steps = 9 if rows == 1 else warm + 5 if case.provider in OWLORE else warm + 4
     if case.draws:
         steps = (case.draws + 1) * period
     checkpoint_blocks(model, case.checkpointing)
@@ -695,12 +711,10 @@ def main() -> None:
     model, built, bare, svds, failed = None, "", 0, {}, 0
     measured: dict[Case, list[Round]] = {}
     found: dict[Case, dict[str, Any]] = {}
-    # A model at a time; within it all first rounds before any second one.
-    models = list(dict.fromkeys(case.model for case in chosen))
-    for name, of in itertools.product(models, range(args.rounds)):
-        for case in chosen:
+    for name in dict.fromkeys(case.model for case in chosen):
+        for case, of in ordered([case for case in chosen if case.model == name], args.rounds):
             # A case that failed is not measured again.
-            if case.model != name or case.rounds <= of or len(measured.get(case, [])) < of:
+            if len(measured.get(case, [])) < of:
                 continue
             if time.perf_counter() - began > args.budget:
                 print(f"out of time before round {of + 1} of {case.name}", flush=True)
