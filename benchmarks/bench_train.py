@@ -149,14 +149,14 @@ def cases() -> list[Case]:
     ]  # fmt: skip
     rest = [
         floor, full, lisa, replace(small, provider="owlore-dense"),
-        replace(galore, tokens="16x512"), *(replace(case, side="reverse") for case in memory),
+        *(replace(case, side="reverse") for case in memory),
     ]  # fmt: skip
     found = [
         *(replace(case, tokens="16x512", draws=case.draws // 2) for case in large),
         *(replace(case, rounds=ROUNDS) for case in (*memory[2:4], galore)), *memory[:2],
         # At one sequence LoRA's row stands between ours.
         *(replace(case, rounds=ROUNDS) for case in lora_pairs),
-        top, replace(top, through=True),
+        replace(galore, tokens="16x512"), top, replace(top, through=True),
         *(replace(case, last=True) for case in (*variants, *rest)),
     ]  # fmt: skip
     table = [

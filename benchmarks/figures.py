@@ -199,11 +199,12 @@ def lora_table() -> str:
 
 
 def methods_table() -> str:
-    """All methods on three models, 8 x 512 tokens; empty as long as there are no results."""
+    """All methods on several models, 8 x 512 tokens; empty as long as there are no results."""
     if not (RESULTS / "h100" / "train_methods.json").is_file():
         return ""
     rows = [row for row in load("train_methods") if row["tokens"] == "8x512"]
     models = {"llama2-7b": "LLaMA-2-7B", "llama3-8b": "LLaMA-3-8B", "qwen3-4b": "Qwen3-4B"}
+    models = {key: name for key, name in models.items() if any(r["model"] == key for r in rows)}
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         name = TRAINERS[row["provider"]]
