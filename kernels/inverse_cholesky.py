@@ -95,7 +95,7 @@ def _inverse_cholesky_kernel(
             T = tl.dot(T, tl.trans(D), out_dtype=tl.float64)
             rows, cols = i + lines[:, None], j + block[None, :]
             tl.store(a_ptr + rows * k + cols, T, mask=(rows < k) & (cols < k))
-        # The rows of X beside it: -D L_j X.
+        # The rows of X beside it, -D L_j X: zero on the right, as the rows above are.
         rows = j + block[:, None]
         for i in range(0, k, LINES):
             Y = tl.zeros((BLOCK, LINES), tl.float64)
@@ -105,7 +105,6 @@ def _inverse_cholesky_kernel(
             Y = tl.dot(-D, Y, out_dtype=tl.float64)
             cols = i + lines[None, :]
             beside = (cols < j) | (cols >= j + BLOCK)
-            Y = tl.where(cols < j, Y, 0.0)
             tl.store(x_ptr + rows * k + cols, Y, mask=(rows < k) & (cols < k) & beside)
         cols = j + block[None, :]
         tl.store(x_ptr + rows * k + cols, D, mask=(rows < k) & (cols < k))

@@ -83,6 +83,15 @@ def test_dependent_columns_have_a_factor(factor):
     assert not whitened[:, 19].any()
 
 
+def test_pivots_that_rounding_makes_negative():
+    """They are as large as the diagonal was raised by at least."""
+    gram = torch.eye(20, dtype=torch.float64, device=DEVICE)[None].clone()
+    gram[0, 18, 5] = gram[0, 5, 18] = 1.0 + 1e-15
+    X = by_kernel(gram, 0.0, 1e-20)
+    assert X.isfinite().all()
+    assert float(X[0, 18, 18]) == pytest.approx(1e10)
+
+
 def test_matrices_do_not_meet():
     gram = grams(3, 40)
     gram[1] = float("nan")

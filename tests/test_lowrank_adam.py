@@ -131,6 +131,8 @@ def test_step_against_float64(dtype, config, side, m, n, r, layout):
         (64, 128, 8, 72, 136, 24),
         (64, 256, 16, 136, 264, 24),
         (128, 256, 16, 128, 256, 16),
+        # Beyond the registers: by ranks, and the tile in parts.
+        (128, 128, 8, 136, 136, 130),
     ],
 )
 def test_permuted_products(m, n, r, rows, cols, warps, side):
