@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # Keeps the folder that a command runs in off Python's search path.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help venv install finetune test test-gpu lint format types bench figures clean
+.PHONY: help venv install finetune test test-gpu sanitize lint format types bench figures clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +64,9 @@ test: $(VENV)/.test-done ## run the tests that need no GPU
 
 test-gpu: $(VENV)/.test-done ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.test-done ## run the smallest GPU tests under compute-sanitizer
+	$(BIN)/python tools/sanitize.py
 
 lint: $(VENV)/.dev-done ## check style: ruff and clang-format
 	$(BIN)/ruff check .
