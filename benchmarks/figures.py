@@ -43,14 +43,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def step_table() -> str:
     """The low-rank step of one LLaMA-2-7B block, and of five."""
-    order = {"owlore": 0, "galore-torch": 1, "adamw-fused": 2, "torch.compile": 3, "reference": 4}
+    order = ["owlore", "galore-torch", "apollo-torch", "adamw-fused", "torch.compile", "reference"]
     rows = [
         row
         for row in load("lowrank_adam")
         if row["case"] in ("llama2-7b-block", "llama2-7b-5-blocks") and row["rank"] in (128, 256)
     ]
     rows.sort(key=lambda r: (r["case"] != "llama2-7b-block", r["rank"], r["path"] != "dense",
-                             order[r["provider"]], r["rounding"]))  # fmt: skip
+                             order.index(r["provider"]), r["rounding"]))  # fmt: skip
     names = {"adamw-fused": "torch AdamW, fused, full rank", "reference": "PyTorch, eager",
              "torch.compile": "PyTorch, compiled"}  # fmt: skip
     return markdown(
