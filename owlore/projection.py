@@ -136,7 +136,7 @@ def _subspace(
 
 
 # Gradients below this count as zero: their reciprocal would overflow.
-_LEAST_SCALE = 1e-30
+_LEAST_SCALE = 1e-37
 # Raises the squared length of a column that is zero.
 _LEAST_SQUARE = 1e-280
 # Bytes of the columns of one batch, and of a float64 copy of a part of them.
