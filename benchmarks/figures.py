@@ -247,7 +247,8 @@ def training_chart(path: Path) -> None:
         own = row["provider"].startswith("owlore")
         label = TRAINERS[row["provider"]]
         if own:
-            label += f", {trained_blocks(row)}, embedding and head {row['embeddings']}"
+            trains = trained_blocks(row).split(" (")[0]
+            label += f", {trains}, embedding and head {row['embeddings']}"
             label += f", {row['moments']} moments"
         ax.scatter(row["peak_gib"], row["tokens_per_s"], color=BLUE if own else GREY, zorder=3)
         row["label"] = label
