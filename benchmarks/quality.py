@@ -976,18 +976,16 @@ def merge(args: argparse.Namespace) -> None:
 
 def summary(args: argparse.Namespace) -> None:
     """Prints the tables as Markdown."""
-    files = args.files or sorted(RESULTS.glob("*/quality.json"))
-    rows = [row for file in files for row in read_rows([file])]
-    timed = [row for file in files for row in read_rows([file], "quality-time")]
-    for gpu in dict.fromkeys(row["gpu"] for row in rows):
-        own = [row for row in rows if row["gpu"] == gpu]
-        print_summary(own, gpu, tuple(args.against), timed)
+    for file in args.files or sorted(RESULTS.glob("*/quality.json")):
+        rows = read_rows([file])
+        gpus = " and ".join(sorted({row["gpu"] for row in rows}))
+        print_summary(rows, gpus, tuple(args.against), read_rows([file], "quality-time"))
 
 
 def print_summary(
     rows: list[dict[str, Any]], gpu: str, against: tuple[str, str], timed: list[dict[str, Any]]
 ) -> None:
-    """Prints the tables of one kind of GPU: what two of them made is not compared."""
+    """Prints the tables of one results file: rows of two files are not compared."""
     for task in (*SPLITS, *TEXTS):
         for split in ("validation", "fold", "test"):
             fresh = quality_embeddings.PLANS[task].test if split == "test" else ()

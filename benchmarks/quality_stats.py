@@ -263,6 +263,7 @@ def summarise(
             "seed_range": f"{min(kept)}-{max(kept)}",
             "mean": statistics.mean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            "reference": key == reference,
             "against": found,
             "unpaired": apart,
             "base": difference(key, (method, base, lr)) if base else None,

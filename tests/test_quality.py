@@ -782,12 +782,12 @@ def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeyp
         ["full fine-tuning", "yes"], ["OwLore, 5 blocks", "yes"], ["OwLore, all blocks", ""],
     ]  # fmt: skip
     assert all(len(line) == len(head) for line in cells)
-    assert cells[1][3:5] == ["48.90 ± 1.00", "-0.10 [-0.10, -0.10]"]
+    assert cells[1][3:6] == ["-0.10 [-0.10, -0.10]", "48.90 ± 1.00", "0-2"]
     # Runs that did not note what was there before them have no peak.
-    assert [line[7] for line in cells] == ["", "", ""]
+    assert [line[8] for line in cells] == ["", "", ""]
     rows[0] |= {"peak_gib": 3.5, "start_gib": 1.0, "steps": 9}
     rows[1] |= {"peak_gib": 3.9, "start_gib": 1.25, "steps": 9}
-    assert quality_figures.commonsense_table(rows)[1][0][7] == "2.50"
+    assert quality_figures.commonsense_table(rows)[1][0][8] == "2.50"
     quality_figures.chart(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000
     losses = [
