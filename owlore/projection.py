@@ -203,6 +203,8 @@ def _refresh_in_batches(
         for k, (i, basis, energy, finite) in enumerate(found):
             bases[i] = torch.where(finite, basis, kept[k].to(new.dtype) if kept else nan)
             results[i] = (energy, finite)
+        # Not beside the next piece's.
+        del P, new, found, basis
     return bases, torch.stack([e for e, _ in results]), torch.stack([f for _, f in results])
 
 
