@@ -1011,8 +1011,9 @@ def _power_of_two(x: int, least: int = 16) -> int:
 
 # Launch configurations by architecture family: (largest rank, configuration), the first that fits
 # counts. 90: measured on an H100 (benchmarks/results/h100), over the matrices of a LLaMA-2-7B
-# block; where `gluon` updates W, by its own table. The others by reasoning: shared memory (163 KiB
-# on 80, 99 KiB on 86, 89 and 120, 227 KiB on 100), and registers as the compiler reports them.
+# block; where `gluon` updates W, by its own table. The others, and what updates W at rank 128 and
+# from 257 on where `gluon` does not, by reasoning: shared memory (163 KiB on 80, 99 KiB on 86, 89
+# and 120, 227 KiB on 100), and registers as the compiler reports them.
 _H100 = (
     (64, Config(False, 128, 128, 2, 4, 8, 128, 64, 512, 4, 8, True, registers=128)),
     (128, Config(False, 128, 128, 4, 3, 8, 64, 64, 512, 3, 8, True, registers=128, ahead=2)),

@@ -242,7 +242,8 @@ class Config(NamedTuple):
         stages: Parts of X that shared memory holds.
         warps: Warps below each other, and beside each other.
         ahead: Tiles of W that are asked to be brought into L2 ahead of time.
-        registers: Most registers of a thread, so that two programs share a multiprocessor.
+        registers: Most registers of a thread; up to 128, so that two programs share a
+            multiprocessor.
     """
 
     cols: int
@@ -255,8 +256,8 @@ class Config(NamedTuple):
     registers: int
 
 
-# By rank. Measured on an H200 (benchmarks/notes/lowrank_adam.md), over the matrices of a LLaMA-2-7B
-# block.
+# By rank. Measured on an H200, 512 on an H100 (benchmarks/notes/lowrank_adam.md), over the matrices
+# of a LLaMA-2-7B block.
 CONFIGS = {
     128: Config(128, 64, 512, 1, 3, (4, 2), 2, 128),
     256: Config(128, 64, 1024, 2, 3, (4, 2), 2, 128),
