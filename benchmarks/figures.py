@@ -248,7 +248,8 @@ def training_chart(path: Path) -> None:
         label = TRAINERS[row["provider"]]
         if own:
             trains = trained_blocks(row).split(" (")[0]
-            label += f", {trains}, embedding and head {row['embeddings']}"
+            rest = "frozen" if row["embeddings"] == "freeze" else row["embeddings"]
+            label += f", {trains}, embedding and head {rest}"
             label += f", {row['moments']} moments"
         ax.scatter(row["peak_gib"], row["tokens_per_s"], color=BLUE if own else GREY, zorder=3)
         row["label"] = label
@@ -263,7 +264,8 @@ def training_chart(path: Path) -> None:
             row["label"], (row["peak_gib"], row["tokens_per_s"]), xytext=(right, y), fontsize=8,
             va="center", arrowprops=line,
         )  # fmt: skip
-    ax.set_xlim(right=right * 1.75)
+    ax.set_xlim(right=right * 1.85)
+    ax.set_xticks([tick for tick in ax.get_xticks() if ax.get_xlim()[0] < tick < right])
     ax.set_xlabel("peak memory, GiB (H100, LLaMA-2-7B shape, bf16, 16 x 512 tokens, checkpointing)")
     ax.set_ylabel("tokens per second")
     ax.spines[["top", "right"]].set_visible(False)
