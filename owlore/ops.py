@@ -197,10 +197,11 @@ def _check_adam(
         _expect(len(values) == len(params), name, f"{len(params)} entries", len(values))
     _expect(lr.dim() == 0, "lr", "a tensor of no dimension", tuple(lr.shape))
     _expect(nonfinite.shape == (len(params),), "nonfinite", f"[{len(params)}]", nonfinite.shape)
-    for i, (W, G) in enumerate(zip(params, tensors.get("grads", params), strict=True)):
-        # Composing a message costs more than the check, so that comes second here and below.
-        if G.device != W.device:
-            _expect(False, f"grads[{i}]", f"device {W.device}", G.device)
+    for name, values in tensors.items():
+        for i, (W, x) in enumerate(zip(params, values, strict=True)):
+            # Composing a message costs more than the check, so that comes second here and below.
+            if x.device != W.device:
+                _expect(False, f"{name}[{i}]", f"device {W.device}", x.device)
 
 
 def _check_shapes(name: str, values: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:

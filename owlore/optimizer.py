@@ -45,6 +45,7 @@ _SKETCHES = 16
 # What a step looks up for every parameter, without a Python call for each.
 _GRAD = operator.attrgetter("grad")
 _WEIGHT = operator.itemgetter("weight")
+_MOMENT = operator.itemgetter("exp_avg")
 
 
 class _Ready(NamedTuple):
@@ -54,6 +55,8 @@ class _Ready(NamedTuple):
     have: tuple[int, ...]
     members: list[Member]
     states: list[dict[str, Any]]
+    # First moment of each. Who takes states to the host and back replaces all of their tensors.
+    moments: list[Tensor]
     # Where each weight is looked up, and where it was.
     holders: list[Mapping[str, Any]]
     addresses: list[int]
@@ -697,9 +700,8 @@ class OwLore(Optimizer):
         states, before = self.state.values(), self._states_stepped
         # Looking at all states is faster than looking some up by their parameters.
         same = len(states) == len(before) and all(map(operator.is_, states, before))
-        if not same:
-            for bucket in buckets:
-                bucket.ready = None
+        if not same or any(_is_replaced(bucket.ready) for bucket in buckets):
+            self._drop_prepared()
         for bucket in buckets:
             sketched = self._sketching and bucket.projects and self._refresh_from_sketches(bucket)
             grads = list(map(_GRAD, bucket.params))
@@ -793,6 +795,12 @@ class OwLore(Optimizer):
                 self._adopt_found(due)
         states = [self.state[member.param] for member in members]
         device = first.weight.device
+        for member, state in zip(members, states, strict=True):
+            if state["exp_avg"].device != device:
+                raise ValueError(
+                    f"state of {member.entry.name}: expected device {device}, where the weight is, "
+                    f"got {state['exp_avg'].device}"
+                )
         rng_step = self._device_clock(device)
         flags = torch.zeros(len(members), dtype=torch.int32, device=device)
         zero = torch.zeros((), dtype=torch.int32, device=device)
@@ -804,7 +812,8 @@ class OwLore(Optimizer):
             state["step"], member.skipped, member.flag = steps[i], skipped[i], flags[i]
         lr = self._device_lr(first.group, device)
         params = [member.part(member.weight.detach()) for member in members]
-        exp_avgs = [distributed.local(state["exp_avg"]) for state in states]
+        moments = [state["exp_avg"] for state in states]
+        exp_avgs = list(map(distributed.local, moments))
         exp_avg_sqs = [distributed.local(state["exp_avg_sq"]) for state in states]
         places: dict[str, list[int]] = {}
         if any(member.spread is not None for member in members):
@@ -845,7 +854,9 @@ class OwLore(Optimizer):
             )
         holders = [member.holder for member in members]
         addresses = [distributed.local(member.weight).data_ptr() for member in members]
-        return _Ready(have, members, states, holders, addresses, steps, skipped, flags, step)
+        return _Ready(
+            have, members, states, moments, holders, addresses, steps, skipped, flags, step
+        )
 
     def _new_state(self, member: Member) -> dict[str, Any]:
         shape, dtype = member.moment_spec(self.config)
@@ -876,7 +887,7 @@ class OwLore(Optimizer):
         self._states_stepped = []
 
     def _drop_prepared(self) -> None:
-        """Forgets what was made ready for bases that are new or due now."""
+        """Forgets what was made ready for bases and moments that are new or due now."""
         self._modes_step = -1
         for bucket in self._buckets or ():
             bucket.ready = None
@@ -1311,6 +1322,13 @@ def _has_moved(ready: _Ready) -> bool:
     if ready.members[0].spread is not None:
         held = map(distributed.local, held)
     return list(map(Tensor.data_ptr, held)) != ready.addresses
+
+
+def _is_replaced(ready: _Ready | None) -> bool:
+    """Whether a state's tensors are no longer those of the prepared step."""
+    if ready is None:
+        return False
+    return not all(map(operator.is_, map(_MOMENT, ready.states), ready.moments))
 
 
 def _grad(member: Member) -> Tensor:

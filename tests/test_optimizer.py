@@ -1031,6 +1031,46 @@ def test_a_state_replaced_while_its_parameter_rests_is_used(tiny_llama):
     assert float(optimizer.state[weight]["step"]) == 2
 
 
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+def test_states_that_went_to_the_host_and_back_are_used(tiny_llama, gradient):
+    """As rollouts between steps make room: each tensor of a state is replaced by a copy."""
+    options = {**SMALL, "gradient": gradient, "interval": 50, "refresh_interval": 3}
+    other = copy.deepcopy(tiny_llama)
+    optimizers = [OwLore(tiny_llama, **options), OwLore(other, **options)]
+    for step in range(5):
+        train_step(tiny_llama, optimizers[0], step)
+        train_step(other, optimizers[1], step)
+        for state in optimizers[1].state.values():
+            state.update({k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)})
+    want, got = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert changed(other, weights(tiny_llama)) == set()
+
+
+def test_backward_lets_go_of_a_basis_that_was_replaced(tiny_llama):
+    optimizer = OwLore(tiny_llama, **{**SMALL, "gradient": "projected", "interval": 50})
+    for step in range(3):
+        train_step(tiny_llama, optimizer, step)
+    for state in optimizer.state.values():
+        state.update({k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)})
+    for step in range(3, 5):
+        train_step(tiny_llama, optimizer, step)
+    layers = [(m, m.projection) for m in optimizer._members if m.projection is not None]
+    used = [(m, layer.basis) for m, layer in layers if layer.basis is not None]
+    assert used
+    assert all(basis is optimizer.state[m.param]["basis"] for m, basis in used)
+
+
+def test_a_state_on_another_device_is_refused(tiny_llama):
+    """Kernels are given addresses, which say nothing of a device."""
+    optimizer = OwLore(tiny_llama, **SMALL)
+    train_step(tiny_llama, optimizer, 0)
+    for state in optimizer.state.values():
+        state.update({k: v.to("meta") for k, v in state.items() if isinstance(v, torch.Tensor)})
+    with pytest.raises(ValueError, match="expected device cpu, where the weight is, got meta"):
+        train_step(tiny_llama, optimizer, 1)
+
+
 def test_a_draw_frees_what_it_drops(tiny_llama):
     """Before the backward pass, in which memory is short."""
     optimizer = OwLore(tiny_llama, **{**SMALL, "blocks": 1})
