@@ -288,7 +288,20 @@ def choose_members(
             "model: every linear weight of its blocks has requires_grad=False, so there is nothing "
             "to train; call model.requires_grad_(True), or detach() the optimizer used before"
         )
+    _refuse_offloaded(layout, members)
     return members, dense
+
+
+def _refuse_offloaded(layout: blocks.Layout, members: list[Member]) -> None:
+    """Raises ValueError for weights that accelerate brings from host memory or disk by hooks."""
+    modules = (module for block in layout.blocks for module in block.modules())
+    away = [member.entry.name for member in members if member.entry.param.is_meta]
+    if away and any(hasattr(module, "_hf_hook") for module in modules):
+        raise ValueError(
+            f"model: {len(away)} weights to train are not on a device but offloaded to host memory "
+            f"or disk (such as {away[0]}), where no update reaches them; load the model with a "
+            "device_map that has no 'cpu' or 'disk' beside GPUs"
+        )
 
 
 def _sides(layout: blocks.Layout, side: str) -> dict[int, str]:

@@ -1539,6 +1539,15 @@ def test_a_model_frozen_by_its_user_is_refused(tiny_llama):
         OwLore(tiny_llama, **SMALL)
 
 
+@pytest.mark.parametrize("gradient", ["dense", "projected"])
+def test_weights_that_device_map_offloads_are_refused(tiny_llama, gradient):
+    """As "auto" does where a GPU is too small; accelerate's hooks know nothing of coordinates."""
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(tiny_llama, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"offloaded .*model\.layers\.0\..*device_map"):
+        OwLore(model, **{**SMALL, "gradient": gradient, "embeddings": "freeze", "head": "freeze"})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gradient", ["dense", "projected"])
 def test_a_model_that_device_map_spreads(tiny_llama, gradient):
