@@ -160,20 +160,30 @@ def _lm_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def _classifies(head: nn.Module, embeddings: nn.Module | None) -> bool:
+    """Whether a head that was put in the LM head's place gives far fewer numbers than tokens."""
+    tokens, outputs = getattr(embeddings, "num_embeddings", 0), getattr(head, "out_features", None)
+    return isinstance(outputs, int) and 2 * outputs < tokens
+
+
 def _classifiers(model: nn.Module) -> list[nn.Module]:
     """The heads of a model that classifies (score, classifier, qa_outputs)."""
     return [child for child in model.children() if isinstance(child, nn.Linear)]
 
 
-def _embedding_modules(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
+def _token_embeddings(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_input_embeddings", None)
-    if getter is not None:
-        try:
-            found = getter()
-        except NotImplementedError:
-            found = None
-        if isinstance(found, nn.Module):
-            yield found
+    try:
+        found = None if getter is None else getter()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _embedding_modules(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
+    found = _token_embeddings(model)
+    if found is not None:
+        yield found
     # Position embeddings (GPT-2's wpe, OPT's embed_positions) stand beside the block list.
     for module in owner.modules():
         if isinstance(module, nn.Embedding):
@@ -216,7 +226,8 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
     embeddings = {id(p) for module in _embedding_modules(model, owner) for p in module.parameters()}
     lm_head = _lm_head(model)
     heads = _classifiers(model) if lm_head is None else [lm_head]
-    head_role = CLASSIFIER if lm_head is None else HEAD
+    classifies = lm_head is None or _classifies(lm_head, _token_embeddings(model))
+    head_role = CLASSIFIER if classifies else HEAD
     head_params = {id(p) for head in heads for p in head.parameters()}
     owned = {id(p) for p in owner.parameters()}
 

@@ -698,6 +698,16 @@ def test_the_head_of_a_classifier_trains(tiny_llama):
     assert changed(model, before) == set(before) - {"model.embed_tokens.weight"}
 
 
+def test_a_head_put_in_place_of_the_lm_head_trains(tiny_llama):
+    """A reward model's, say: its weights are new."""
+    tiny_llama.lm_head = nn.Linear(tiny_llama.config.hidden_size, 1)
+    optimizer = OwLore(tiny_llama, rank=4, gradient="dense")
+    before = weights(tiny_llama)
+    tiny_llama(batch(0)).logits.square().mean().backward()
+    optimizer.step()
+    assert changed(tiny_llama, before) == set(before) - {"model.embed_tokens.weight"}
+
+
 def test_groups_are_complete_from_the_start(tiny_llama):
     optimizer = OwLore(tiny_llama, **SMALL)
     grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
