@@ -118,15 +118,18 @@ class Launch:
 
     Args:
         kernel: The kernel.
-        tiles: A row for each program, or None for a single program.
+        tiles: A row for each program, or None for a kernel that needs none.
         constants: Its compile-time arguments and launch options.
+        programs: How many, without tiles.
     """
 
-    def __init__(self, kernel: Any, tiles: Tensor | None, constants: dict[str, Any]) -> None:
+    def __init__(
+        self, kernel: Any, tiles: Tensor | None, constants: dict[str, Any], programs: int = 1
+    ) -> None:
         self._kernel = kernel
         self._tiles = tiles
         self._tiles_address = 0 if tiles is None else tiles.data_ptr()
-        self._grid = (1 if tiles is None else tiles.shape[0], 1, 1)
+        self._grid = (programs if tiles is None else tiles.shape[0], 1, 1)
         self._constants = constants
         self._names = [name for name in kernel.arg_names if name not in constants]
         self._tail = [constants[name] for name in kernel.arg_names if name in constants]

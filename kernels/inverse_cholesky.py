@@ -5,23 +5,20 @@ Letters: A [k, k] one matrix, L its Cholesky factor, X = L^-1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
-from .common import current_stream, on, remember
+from .common import Launch, current_stream, on, remember
 
 # Columns of a block, rows of what a program works on below it or columns of what it works on beside
 # it, and warps.
 _BLOCK = 16
 _LINES = 32
 _WARPS = 4
-_MOST_STARTED = 64
-_started: dict[tuple, Any] = {}
+_MOST_LAUNCHES = 64
+_launches: dict[tuple, Launch] = {}
 
 
 @triton.jit
@@ -123,19 +120,17 @@ def launch_inverse_cholesky(gram: Tensor, inverse: Tensor, shift: float, least: 
     if gram.numel() == 0:
         return True
     device, (count, k, _) = gram.device, gram.shape
-    addresses = (gram.data_ptr(), inverse.data_ptr())
-    key = (device, count, k, shift, least, (addresses[0] | addresses[1]) % 16 == 0)
-    start = _started.get(key)
+    key = (device, count, k, shift, least)
+    launch = _launches.get(key)
+    if launch is None:
+        constants = {
+            "SHIFT": shift, "LEAST": least, "BLOCK": _BLOCK, "LINES": _LINES, "num_warps": _WARPS,
+        }  # fmt: skip
+        launch = Launch(_inverse_cholesky_kernel, None, constants, count)
+        remember(_launches, key, launch, _MOST_LAUNCHES)
+    tensors = {"a_ptr": gram, "x_ptr": inverse}
+    values = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    kind = tuple([address % 16 for address in values.values()])
     with on(device):
-        if start is not None:
-            start(*addresses, k, shift, least, _BLOCK, _LINES, stream=current_stream(device))
-            return True
-        grid = (count, 1, 1)
-        built = _inverse_cholesky_kernel[grid](
-            gram, inverse, k, SHIFT=shift, LEAST=least, BLOCK=_BLOCK, LINES=_LINES,
-            num_warps=_WARPS,
-        )  # fmt: skip
-    # As in `common.Launch`: the compiled kernel is started as it is from the second time on.
-    if isinstance(built, CompiledKernel):
-        remember(_started, key, built[grid], _MOST_STARTED)
+        launch(kind, {**values, "k": k}, tensors, current_stream(device))
     return True
