@@ -154,7 +154,8 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[str, 
     return clean_name(name), blocks
 
 
-def _lm_head(model: nn.Module) -> nn.Module | None:
+def find_lm_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits, or None."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else getattr(model, "lm_head", None)
     return head if isinstance(head, nn.Module) else None
@@ -224,7 +225,7 @@ def find_layout(model: nn.Module, blocks_path: str | None = None) -> Layout:
                 features = weight.shape[0 if transposed else 1]
                 linear[id(weight)] = (transposed, f"{index}.{_parent(name)}", features)
     embeddings = {id(p) for module in _embedding_modules(model, owner) for p in module.parameters()}
-    lm_head = _lm_head(model)
+    lm_head = find_lm_head(model)
     heads = _classifiers(model) if lm_head is None else [lm_head]
     classifies = lm_head is None or _classifies(lm_head, _token_embeddings(model))
     head_role = CLASSIFIER if classifies else HEAD

@@ -536,8 +536,7 @@ def _block_state(optimizer: OwLore, drop: bool) -> dict[str, int]:
 
 def _watch_head(model: nn.Module, tracker: _Tracker) -> None:
     """Tells the tracker when the blocks' forward ends and when their backward begins."""
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head = blocks.find_lm_head(model)
     if head is None:
         raise ValueError(f"model: expected a causal language model, got {type(model).__name__}")
 
