@@ -9,6 +9,7 @@
     python benchmarks/quality.py run refresh --data DATA --rows FILE      # sketch against exact
     python benchmarks/quality.py run folds folds-test text-validation text \
         gsm8k-embeddings-validation gsm8k-embeddings norms --data DATA --rows FILE
+    python benchmarks/quality.py run fresh rates memory --data DATA --rows FILE
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h200x4/quality.json
@@ -25,7 +26,10 @@ point of their method's best with two more, and the mean decides (gsm8k: one see
 where the highest is the best). `embeddings` gives rivals what
 OwLore's candidates do to embedding and head, each at a rate chosen in the same way. The tables from
 `folds` on settle how embedding and head are trained, of all methods alike, on four tasks, two of
-them texts (loss per token): benchmarks/quality_embeddings.py says how.
+them texts (loss per token): benchmarks/quality_embeddings.py says how. `fresh` tests what else
+stands in the README's table with the seeds of `folds-test`, `rates` the default setting at two
+rates on all tasks, and `memory` measures peak memory in a plain loop: no compiled blocks, no CUDA
+graphs (whose gradients outlive their phase), past a draw and a refresh, no evaluation.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
@@ -106,7 +110,7 @@ NEEDS = {
 TABLES = (
     "validation", "test", "embeddings-validation", "embeddings", "distributions", "controls",
     "gsm8k-validation", "gsm8k", "refresh", *quality_embeddings.TABLES, "norms",
-    "again",
+    "again", "fresh", "rates", "memory",
 )  # fmt: skip
 # Tables that run one seed after another, so that a short one has all rows.
 SEEDWISE = ("controls", "distributions", "refresh", "folds-test", "text", "gsm8k-embeddings")
@@ -217,6 +221,14 @@ REFRESH = [
     for scope in ("blocks=all,refresh_interval=50", "distribution=uniform")
     for how in ("refresh=exact", "sketch_columns=1", "sketch_columns=2", "sketch_columns=4")
 ]  # fmt: skip
+# Tested with fresh seeds beside the methods whose embeddings are tuned: those without such a
+# setting, at the rates that the first validation split gave them, and two controls.
+FRESH = ("dora", "owlore-published", "uniform")
+FRESH_CONTROLS = [("owlore", "default"), ("owlore", FROZEN_32)]
+# The default of OwLoreConfig; each task's tuning chose one of these rates for it.
+DEFAULT = "blocks=all,embeddings=freeze,head=freeze"
+# Steps of a memory run: past a draw, and past the refresh of a block that stays.
+MEMORY_STEPS = 210
 
 
 class Job(NamedTuple):
@@ -298,6 +310,23 @@ def jobs(
         # A row that is known, under another name: what the code's commit does to it.
         for seed in range(5):
             yield Job(task, "owlore", "blocks=all,embeddings=full", 3e-4, seed, "test")
+    elif table == "fresh":
+        entries = [(m, *chosen) for m, chosen in chosen_rates(task, done, failed).items()
+                   if m in FRESH]  # fmt: skip
+        entries += [(method, variant, RATES[1]) for method, variant in FRESH_CONTROLS]
+        for method, variant, lr in entries:
+            for seed in quality_embeddings.PLANS[task].test:
+                yield Job(task, method, variant, lr, seed, "test")
+    elif table == "rates":
+        for task, plan in quality_embeddings.PLANS.items():
+            for seed in plan.test:
+                for lr in RATES[1:]:
+                    yield Job(task, "owlore", DEFAULT, lr, seed, "test")
+    elif table == "memory":
+        settings = [(m, "default") for m in MAIN] + FRESH_CONTROLS
+        settings += [(m, v) for m, own in quality_embeddings.SETTINGS.items() for v in own.values()]
+        for method, variant in dict.fromkeys(settings):
+            yield Job(task, method, variant, RATES[1], 0, "memory")
     elif table == "norms":
         for method, variant, lr in quality_embeddings.judged(task, done, failed):
             if method == "owlore" and quality_embeddings.FROZEN in variant:
@@ -518,9 +547,11 @@ class Bench:
         share = str(options.get("dense_lr", "")).removeprefix("lr/")
         if share:
             options["dense_lr"] = job.lr / float(share)
-        weights, steps = options.pop("weights", "fp32"), options.pop("steps", args.max_steps)
+        memory = job.split == "memory"
+        most = MEMORY_STEPS if memory and args.max_steps is None else args.max_steps
+        weights, steps = options.pop("weights", "fp32"), options.pop("steps", most)
         options.pop("compile", None)
-        data = self.data(job.task, job.split, job.seed)
+        data = self.data(job.task, "test" if memory else job.split, job.seed)
         if job.task in TEXTS:
             length, size = TEXTS[job.task]
             lines = size
@@ -551,7 +582,7 @@ class Bench:
             model = model.merge_and_unload()
         began = time.perf_counter()
         cast_parameters(model, torch.float32)
-        judged = self.evaluate(job.task, model, data)
+        judged = {} if memory else self.evaluate(job.task, model, data)
         return {
             "bench": "quality", **dict(zip(Job._fields[:6], job.key, strict=True)), **judged,
             "peak_gib": result.peak_bytes / 2**30, "start_gib": result.start_bytes / 2**30,
@@ -571,6 +602,8 @@ class Bench:
             job: The run.
             starts: Starts before this one, which ended their processes.
         """
+        if job.split == "memory":
+            return self.run(job, compiled=False, graphs=False)
         cuda = self.args.device == "cuda"
         refused = repr(kind(job)) in self.claims.noted("uncompiled")
         simplest = refused or in_pieces(job) or self.args.no_compile or not cuda

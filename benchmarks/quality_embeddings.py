@@ -62,12 +62,12 @@ class Plan(NamedTuple):
     seeds: tuple[int, ...]
     again: tuple[int, ...]
     test: tuple[int, ...]
-    every: tuple[str, ...] = ("owlore", "full")
+    every: tuple[str, ...] = ("owlore", "full", "galore")
 
 
 PLANS = {
     "commonsense": Plan("fold", (0, 1, 2), (), (5, 6, 7, 8, 9)),
-    "gsm8k": Plan("validation", (0,), (), (0, 1, 2, 3, 4), ("owlore",)),
+    "gsm8k": Plan("validation", (0,), (), (0, 1, 2, 3, 4)),
     "wikitext2": Plan("validation", (0,), (1, 2), (0, 1, 2, 3, 4)),
     "shakespeare": Plan("validation", (0,), (1, 2), (0, 1, 2, 3, 4)),
 }

@@ -159,17 +159,17 @@ def base_of(variant: str, known: Collection[str]) -> str | None:
 
 
 def added_gib(rows: Iterable[Row], task: str, method: str, variant: str) -> float | None:
-    """Peak memory over weights and batches; None where no run noted what was there before it.
+    """Peak memory over weights and batches in a plain loop; None where it was not measured.
 
-    What a process kept of earlier runs is in both numbers. All rates and splits train alike.
+    What a process kept of earlier runs is in both numbers. All rates train alike.
     """
     found = [
         # Adapters are there before the first step.
         row["peak_gib"] - row["start_gib"]
         + (row["trained_parameters"] / 2**28 if method in ("lora", "dora") else 0.0)
         for row in rows
-        if (row["task"], row["method"], row["variant"]) == (task, method, variant)
-        and "start_gib" in row and row["steps"]
+        if (row["task"], row["method"], row["variant"], row["split"])
+        == (task, method, variant, "memory")
     ]  # fmt: skip
     return min(found, default=None)
 
@@ -196,7 +196,8 @@ def summarise(
         split: "validation" or "test".
         against: Method and variant of the runs that all are compared with (of several rates the
             chosen one, then the one tuned for them, the one with the most seeds, the better one).
-        timed: Rows of runs that had a GPU for themselves: seconds and peak memory are theirs.
+        timed: Rows of runs that had a GPU for themselves: seconds are theirs, and peak memory
+            where it was not measured in a plain loop.
         fresh: Seeds that count alone where a row of the table has them.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
@@ -247,11 +248,14 @@ def summarise(
         found, apart = against_reference(key)
         known = {k[1] for k in groups if (k[0], k[2]) == (method, lr)}
         base = base_of(variant, known)
-        alone = [
-            row
-            for row in timed
-            if (row["task"], row["method"], row["variant"]) == (task, method, variant)
-        ]
+        alone, plain = (
+            [
+                row
+                for row in some
+                if (row["task"], row["method"], row["variant"]) == (task, *key[:2])
+            ]
+            for some in (timed, [row for row in rows if row["split"] == "memory"])
+        )
         draws = {
             name: difference(key, (name, variant, lr))
             if method in DRAWING and method != name
@@ -271,7 +275,7 @@ def summarise(
             **draws,
             "state_mib": max(row["state_mib"] for row in own),
             # What an earlier run of a process has left counts in some: not in the least.
-            "peak_gib": min(row["peak_gib"] for row in alone or own),
+            "peak_gib": min(row["peak_gib"] for row in plain or alone or own),
             "added_gib": added_gib(rows, task, method, variant),
             "seconds": statistics.mean(row["seconds"] for row in alone) if alone else None,
             "trained_parameters": own[0]["trained_parameters"],

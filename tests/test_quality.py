@@ -23,7 +23,7 @@ import quality_stats
 import quality_train
 from quality_data import Question, Tokens
 
-from owlore import OwLore
+from owlore import OwLore, OwLoreConfig
 
 QUESTIONS = [
     Question("arc_easy", "Which one is red?", ("blood", "a leaf", "the sky at noon"), 0),
@@ -744,6 +744,61 @@ def test_a_run_that_fails_is_run_in_a_simpler_way(tmp_path: Path, monkeypatch) -
     assert tried[2:] == [(False, False)]
 
 
+def test_memory_is_measured_in_a_plain_loop(tmp_path: Path, monkeypatch) -> None:
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.args = argparse.Namespace(device="cuda", no_compile=False, no_graphs=False)
+    tried = []
+    monkeypatch.setattr(bench, "run", lambda job, **how: tried.append(how))
+    jobs = list(quality.jobs("memory", []))
+    for job in jobs:
+        bench.run_somehow(job)
+    assert tried == [{"compiled": False, "graphs": False}] * len(jobs)
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert {job.method for job in jobs} == set(quality.MAIN)
+    # Past a draw of what draws every 50 steps, and a refresh of what stays.
+    assert quality.MEMORY_STEPS > OwLoreConfig().refresh_interval > 50
+    # It judges nothing, and is judged by nothing.
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.args = argparse.Namespace(device="cpu", max_steps=None, model="m")
+    bench.model = tiny_model.model()
+    rows = [Tokens(tuple(range(3, 9)), 2)] * 64
+    monkeypatch.setattr(bench, "data", lambda *key: quality.Data(rows, [], [], {}))
+    monkeypatch.setattr(bench, "evaluate", lambda *how: pytest.fail("evaluated"))
+    monkeypatch.setattr(quality, "MEMORY_STEPS", 1)
+    job = next(job for job in jobs if job.method == "full")
+    found = quality.Bench.run(bench, job, False, False)
+    assert (found["split"], found["steps"], "accuracy" in found) == ("memory", 1, False)
+    table = quality_stats.summarise([found], "commonsense", "test")
+    assert table == []
+    assert quality_stats.best_rates([found], "commonsense") == {}
+
+
+def test_what_the_readme_shows_is_tested_with_fresh_seeds() -> None:
+    rows = []
+    while todo := [
+        job for job in quality.jobs("validation", rows)
+        if job.key not in {quality.key_of(r) for r in rows}
+    ]:  # fmt: skip
+        rows += embedding_rows(todo, lambda job: 40 - job.lr)
+    found = list(quality.jobs("fresh", rows))
+    assert {job.seed for job in found} == set(range(5, 10))
+    assert {(job.method, job.variant, job.lr) for job in found} == {
+        ("dora", "default", 1e-4), ("owlore-published", "default", 1e-4),
+        ("uniform", "default", 1e-4), ("owlore", "default", 3e-4),
+        ("owlore", quality.FROZEN_32, 3e-4),
+    }  # fmt: skip
+    # No method's rate is known without its validation.
+    assert {job.method for job in quality.jobs("fresh", [])} == {"owlore"}
+    rates = {(job.task, job.seed) for job in quality.jobs("rates", [])}
+    assert rates == {
+        (task, seed) for task, plan in quality_embeddings.PLANS.items() for seed in plan.test
+    }
+    config = OwLoreConfig()
+    default = quality.parse_variant(quality.DEFAULT)
+    assert all(getattr(config, name) == value for name, value in default.items())
+    assert config.lr in {job.lr for job in quality.jobs("rates", [])}
+
+
 def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
     args = argparse.Namespace(tables=["validation"], only=None, rows=tmp_path / "rows", done=[])
     claims = quality_queue.Claims(tmp_path / "claims")
@@ -783,10 +838,13 @@ def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeyp
     ]  # fmt: skip
     assert all(len(line) == len(head) for line in cells)
     assert cells[1][3:6] == ["-0.10 [-0.10, -0.10]", "48.90 ± 1.00", "0-2"]
-    # Runs that did not note what was there before them have no peak.
+    # Runs that replay graphs do not say what a plain loop needs.
+    rows[0] |= {"peak_gib": 3.2, "start_gib": 1.0}
     assert [line[8] for line in cells] == ["", "", ""]
-    rows[0] |= {"peak_gib": 3.5, "start_gib": 1.0, "steps": 9}
-    rows[1] |= {"peak_gib": 3.9, "start_gib": 1.25, "steps": 9}
+    rows += [
+        {**rows[0], "split": "memory", "peak_gib": peak, "start_gib": start}
+        for peak, start in ((3.5, 1.0), (3.9, 1.25))
+    ]
     assert quality_figures.commonsense_table(rows)[1][0][8] == "2.50"
     quality_figures.chart(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000
@@ -802,9 +860,9 @@ def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeyp
 
 
 def test_adapters_count_in_what_lora_adds() -> None:
-    entry = {"peak_gib": 2.0, "start_gib": 0.5, "steps": 1, "trained_parameters": 2**26}
-    rows = [{**row(method, 1e-4, 40, "test"), **entry} for method in ("lora", "full")]
-    rows.append({**rows[0], "peak_gib": 0.0, "start_gib": 0.0, "steps": 0})
+    entry = {"peak_gib": 2.0, "start_gib": 0.5, "trained_parameters": 2**26}
+    rows = [{**row(method, 1e-4, 40, "memory"), **entry} for method in ("lora", "full")]
+    rows.append({**rows[0], "peak_gib": 0.0, "split": "test"})
     methods = ("lora", "full", "dora")
     found = {m: quality_stats.added_gib(rows, "commonsense", m, "default") for m in methods}
     assert found == {"lora": 1.75, "full": 1.5, "dora": None}
