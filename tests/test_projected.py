@@ -1295,9 +1295,11 @@ def test_cuda_checkpointing_changes_no_gradient(mode, monkeypatch):
 def test_cuda_steps_do_not_wait_for_the_device(tiny_llama):
     model = tiny_llama.to("cuda", torch.bfloat16)
     optimizer = OwLore(
-        model, **{**SMALL, "blocks": "all", "refresh_interval": 4, "interval": 50},
-        embeddings="lowrank", head="lowrank",
-    )  # fmt: skip
+        model,
+        **SMALL
+        | {"blocks": "all", "refresh_interval": 4, "interval": 50}
+        | {"embeddings": "lowrank", "head": "lowrank"},
+    )
     ids = batch(0).cuda()
     for step in range(10):
         loss = model(ids, labels=ids).loss
