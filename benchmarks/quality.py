@@ -10,6 +10,7 @@
     python benchmarks/quality.py run folds folds-test text-validation text \
         gsm8k-embeddings-validation gsm8k-embeddings norms --data DATA --rows FILE
     python benchmarks/quality.py run fresh rates memory --data DATA --rows FILE
+    python benchmarks/quality.py run subspace subspace-test norms --data DATA --rows FILE
     python benchmarks/quality.py time --data DATA --rows FILE             # a GPU for each run alone
     python benchmarks/quality.py check --data DATA                        # contamination
     python benchmarks/quality.py merge FILE ... --json benchmarks/results/h200x4/quality.json
@@ -29,7 +30,9 @@ OwLore's candidates do to embedding and head, each at a rate chosen in the same 
 them texts (loss per token): benchmarks/quality_embeddings.py says how. `fresh` tests what else
 stands in the README's table with the seeds of `folds-test`, `rates` the default setting at two
 rates on all tasks, and `memory` measures peak memory in a plain loop: no compiled blocks, no CUDA
-graphs (whose gradients outlive their phase), past a draw and a refresh, no evaluation.
+graphs (whose gradients outlive their phase), past a draw and a refresh, no evaluation. `subspace`
+asks, on what is held out of the training rows, whether the default learns more from other
+subspaces; the best variant is tested by `subspace-test`. `norms` tests the default without norms.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
@@ -110,10 +113,13 @@ NEEDS = {
 TABLES = (
     "validation", "test", "embeddings-validation", "embeddings", "distributions", "controls",
     "gsm8k-validation", "gsm8k", "refresh", *quality_embeddings.TABLES, "norms",
-    "again", "fresh", "rates", "memory",
+    "again", "fresh", "rates", "memory", "subspace", "subspace-test",
 )  # fmt: skip
 # Tables that run one seed after another, so that a short one has all rows.
-SEEDWISE = ("controls", "distributions", "refresh", "folds-test", "text", "gsm8k-embeddings")
+SEEDWISE = (
+    "controls", "distributions", "refresh", "folds-test", "text", "gsm8k-embeddings",
+    "subspace-test", "norms",
+)  # fmt: skip
 RESTART = 75
 
 # What each method is by default. OwLore methods: options that differ from OwLoreConfig's defaults,
@@ -227,6 +233,16 @@ FRESH = ("dora", "owlore-published", "uniform")
 FRESH_CONTROLS = [("owlore", "default"), ("owlore", FROZEN_32)]
 # The default of OwLoreConfig; each task's tuning chose one of these rates for it.
 DEFAULT = "blocks=all,embeddings=freeze,head=freeze"
+# What the default may learn more from: other subspaces more often, or found better.
+SUBSPACES = [
+    f"{DEFAULT},{how}"
+    for how in (
+        "refresh_interval=50", "refresh_interval=50,on_refresh=transport", "refresh=exact",
+        "refresh=exact,refresh_interval=50",
+        "refresh=exact,refresh_interval=50,on_refresh=transport",
+        "refresh=exact,refresh_interval=20,on_refresh=transport",
+    )
+]  # fmt: skip
 # Steps of a memory run: past a draw, and past the refresh of a block that stays.
 MEMORY_STEPS = 210
 
@@ -328,10 +344,17 @@ def jobs(
         for method, variant in dict.fromkeys(settings):
             yield Job(task, method, variant, RATES[1], 0, "memory")
     elif table == "norms":
-        for method, variant, lr in quality_embeddings.judged(task, done, failed):
-            if method == "owlore" and quality_embeddings.FROZEN in variant:
-                for seed in quality_embeddings.PLANS[task].test:
-                    yield Job(task, method, f"{variant},norms=freeze", lr, seed, "test")
+        for task, plan in quality_embeddings.PLANS.items():
+            for seed in plan.test:
+                for lr in RATES[1:]:
+                    yield Job(task, "owlore", f"{DEFAULT},norms=freeze", lr, seed, "test")
+    elif table == "subspace":
+        yield from subspace_jobs()
+    elif table == "subspace-test":
+        best = best_subspace(done, failed)
+        for task, lr in best[1].items() if best else ():
+            for seed in quality_embeddings.PLANS[task].test:
+                yield Job(task, "owlore", best[0], lr, seed, "test")
     elif table.endswith("validation"):
         for method in MAIN:
             yield from validation_jobs(task, method, done, failed)
@@ -362,6 +385,54 @@ def jobs(
         for seed in range(3):
             for variant in REFRESH:
                 yield Job(task, "owlore", variant, 3e-4, seed, "test")
+
+
+def subspace_jobs(variants: Iterable[str] = SUBSPACES) -> Iterator[Job]:
+    """Runs of variants of the default on what each task holds out of its training rows."""
+    for task, plan in quality_embeddings.PLANS.items():
+        for seed in plan.seeds:
+            for variant in variants:
+                for lr in RATES[1:]:
+                    yield Job(task, "owlore", variant, lr, seed, plan.split)
+
+
+def best_subspace(
+    done: Sequence[dict[str, Any]], failed: Collection[tuple[Any, ...]] = ()
+) -> tuple[str, dict[str, float]] | None:
+    """The variant of SUBSPACES that is ahead of the default by most, and its rate on each task.
+
+    Each at the better of two rates. A gain counts in units of what the rule for defaults calls
+    worse, and the mean over the tasks decides.
+
+    Args:
+        done: Rows of finished runs.
+        failed: Keys of runs that will have no row.
+
+    Returns:
+        None while a run is missing, and where no variant is ahead.
+    """
+    wanted = {job.key for job in subspace_jobs([DEFAULT, *SUBSPACES])}
+    scores = {key_of(row): quality_stats.score(row) for row in done if key_of(row) in wanted}
+    if wanted - scores.keys() - set(failed):
+        return None
+    found: dict[str, tuple[float, dict[str, float]]] = {}
+    for variant in (DEFAULT, *SUBSPACES):
+        gains, rates = [], {}
+        for task, plan in quality_embeddings.PLANS.items():
+            means = {}
+            for lr in RATES[1:]:
+                own = [scores.get((task, "owlore", variant, lr, s, plan.split)) for s in plan.seeds]
+                kept = [value for value in own if value is not None]
+                if kept:
+                    means[lr] = statistics.mean(kept)
+            if not means:
+                break
+            rates[task] = max(means, key=lambda lr: means[lr])
+            gains.append(means[rates[task]] / quality_embeddings.WORSE[task])
+        else:
+            found[variant] = statistics.mean(gains), rates
+    best = max(found, key=lambda variant: found[variant][0])
+    return None if best == DEFAULT else (best, found[best][1])
 
 
 def candidates(task: str, method: str) -> tuple[str, ...]:

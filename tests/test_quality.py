@@ -508,9 +508,6 @@ def test_each_setting_of_the_embeddings_has_a_rate_of_its_own() -> None:
     test = next_rows("folds-test", rows)
     assert [job.seed for job in test] == [s for s in range(5, 10) for _ in range(3)]
     assert {(job.variant, job.lr) for job in test if job.chosen} == {(frozen, 3e-3)}
-    assert [job.key for job in next_rows("norms", rows)] == [
-        ("commonsense", "owlore", f"{frozen},norms=freeze", 3e-3, s, "test") for s in range(5, 10)
-    ]
     # Of the rivals but full fine-tuning only the chosen setting is tested.
     rivals = []
     while todo := [
@@ -797,6 +794,34 @@ def test_what_the_readme_shows_is_tested_with_fresh_seeds() -> None:
     default = quality.parse_variant(quality.DEFAULT)
     assert all(getattr(config, name) == value for name, value in default.items())
     assert config.lr in {job.lr for job in quality.jobs("rates", [])}
+
+
+def test_other_subspaces_are_tested_where_they_are_ahead_on_what_is_held_out() -> None:
+    jobs = [*quality.subspace_jobs(), *quality.subspace_jobs([quality.DEFAULT])]
+    assert {job.split for job in jobs} == {"fold", "validation"}
+    one, other = quality.SUBSPACES[1], quality.SUBSPACES[3]
+
+    def accuracy(job):
+        # embedding_rows: a hundredth in loss. Two tasks gain at one rate, one loses at both.
+        gain = {(one, "gsm8k", 1e-3): 2.0, (one, "wikitext2", 3e-4): 1.5, (other, "gsm8k", 1e-3): 0.9}
+        less = -1.0 if (job.variant, job.task) == (one, "commonsense") else 0.0
+        return 50 + gain.get((job.variant, job.task, job.lr), 0.0) + less - (job.lr == 3e-4) / 2
+
+    rows = embedding_rows(jobs, accuracy)
+    # A mean of (2 + 1 - 2) / 4 of what counts as worse, and of .9 / 4.
+    best = quality.best_subspace(rows)
+    assert best is not None
+    assert best[0] == one
+    assert best[1] == {"commonsense": 1e-3, "gsm8k": 1e-3, "wikitext2": 3e-4, "shakespeare": 1e-3}
+    assert quality.best_subspace(rows[1:]) is None
+    assert list(quality.jobs("subspace-test", rows[1:])) == []
+    assert quality.best_subspace(rows[1:], {quality.key_of(rows[0])}) is not None
+    found = list(quality.jobs("subspace-test", rows))
+    assert {(job.task, job.lr) for job in found} == set(best[1].items())
+    assert {job.variant for job in found} == {one}
+    assert len(found) == 20
+    behind = embedding_rows(jobs, lambda job: 50 + (job.variant == quality.DEFAULT))
+    assert quality.best_subspace(behind) is None
 
 
 def test_the_next_run_is_of_a_kind_that_is_compiled(tmp_path: Path) -> None:
