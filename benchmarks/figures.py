@@ -427,8 +427,7 @@ def main() -> int:
             "train": training_table(), "lora": lora_table(), "methods": methods_table(),
             "step": step_table(), "outliers": outlier_table(),
             "quality": markdown(*quality_figures.commonsense_table(quality_rows())),
-            "gsm8k": markdown(*quality_figures.gsm8k_table(quality_rows())),
-            "embeddings": markdown(*quality_figures.embeddings_table(quality_rows())),
+            "tasks": markdown(*quality_figures.tasks_table(quality_rows())),
         },
         "docs/distributed.md": {"scale": scale_table()},
     }  # fmt: skip

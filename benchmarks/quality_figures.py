@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import quality_stats
 from quality_embeddings import PLANS
 
 __all__ = [
-    "chart", "chosen", "commonsense_table", "embeddings_table", "gsm8k_table", "shown",
+    "chart", "chosen", "commonsense_table", "shown", "tasks_table",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -26,6 +26,7 @@ FROZEN = "embeddings=freeze,head=freeze"
 VARIANTS = {
     "default": "5 blocks", "blocks=all": "all blocks",
     f"blocks=all,{FROZEN}": "all blocks, frozen embedding",
+    f"blocks=all,{FROZEN},norms=freeze": "the defaults",
     f"blocks=all,{FROZEN},rank=32": "all, frozen embedding, rank 32", FROZEN: "frozen embedding",
     "dense_lr=lr/3": "embedding at lr / 3",
     "blocks=all,dense_lr=lr/3": "all blocks, embedding at lr / 3",
@@ -35,18 +36,14 @@ TASKS = {
     "commonsense": "commonsense, %", "gsm8k": "GSM8K, loss", "wikitext2": "WikiText-2, loss",
     "shakespeare": "Shakespeare, loss",
 }  # fmt: skip
-TRAINED = {"full": "trained", "frozen": "frozen", "third": "trained at lr / 3"}
-# Shown beside what validation chose: what explains it, and rivals with the same embeddings. Where
-# runs at a rate that was chosen for that very variant are there, these are shown instead.
-BESIDE = {
-    "commonsense": [
-        ("owlore", "default", 3e-4), ("owlore", f"blocks=all,{FROZEN}", 3e-4),
-        ("owlore", f"blocks=all,{FROZEN},rank=32", 3e-4), ("full", FROZEN, 1e-4),
-        ("full", "dense_lr=lr/3", 3e-4), ("galore", FROZEN, 1e-3),
-        ("galore", "dense_lr=lr/3", 3e-4), ("lisa", "dense_lr=lr/3", 3e-4),
-    ],
-    "gsm8k": [("owlore", "blocks=all", 1e-3), ("lora", "default", 1e-3)],
+SETTINGS = {
+    "full": "trained", "frozen": "frozen", "third": "trained at lr / 3", "": "as chosen",
 }  # fmt: skip
+DEFAULTS = ("owlore", f"blocks=all,{FROZEN},norms=freeze")
+# Shown beside what validation chose and what got a rate of its own: the defaults and what explains
+# them.
+BESIDE = [(*DEFAULTS, 3e-4), ("owlore", "default", 3e-4),
+          ("owlore", f"blocks=all,{FROZEN},rank=32", 3e-4)]  # fmt: skip
 
 
 def summaries(rows: Sequence[Row], task: str) -> list[Row]:
@@ -67,12 +64,10 @@ def shown(rows: Sequence[Row], task: str) -> list[Row]:
     """
     every = summaries(rows, task)
     named = [entry for entry in every if entry["chosen"] or entry["tuned"]]
-    variants = {(entry["method"], entry["variant"]) for entry in named}
-    beside = {key for key in BESIDE.get(task, ()) if key[:2] not in variants}
     found = [
         entry
         for entry in every
-        if entry in named or (entry["method"], entry["variant"], entry["lr"]) in beside
+        if entry in named or (entry["method"], entry["variant"], entry["lr"]) in BESIDE
     ]
     if not any(entry["chosen"] for entry in found):
         raise ValueError("quality: no rows of chosen variants on the test split")
@@ -109,52 +104,54 @@ def commonsense_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]
     return head, cells
 
 
-def gsm8k_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
-    """Head and cells of the table of the loss on GSM8K."""
-    head = [
-        "method", "chosen", "lr", "loss, nats a token", "against full fine-tuning, 95%", "seeds",
-    ]  # fmt: skip
-    cells: list[list[object]] = [
-        [
-            name_of(entry), "yes" if entry["chosen"] else "", f"{entry['lr']:g}",
-            f"{entry['mean']:.4f}{deviation(entry, 4)}",
-            against(entry, "gsm8k"), entry["seeds"],
-        ]
-        for entry in shown(rows, "gsm8k")
-    ]  # fmt: skip
-    return head, cells
+def tasks_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+    """Head and cells of the table of all tasks.
 
-
-def embeddings_table(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
-    """Head and cells of the table of what freezing embedding and head does, on four tasks.
-
-    A cell is the mean over the test seeds at the setting's own rate, and the difference to the same
-    method with embedding and head trained; what validation chose stands in bold.
+    A cell is the mean over the test seeds at the setting's own rate, and the difference to full
+    fine-tuning with all weights trained; what validation chose for a method stands in bold. Of
+    methods whose settings were not all tested there is one line, of what was chosen.
     """
-    head = ["method", "embedding and head", *TASKS.values()]
-    cells: list[list[object]] = []
-    for method in ("owlore", "full", "galore"):
+    entries = {task: summaries(rows, task) for task in TASKS}
+    lines: list[tuple[str, str, dict[str, Row]]] = []
+
+    def line(name: str, setting: str, wanted: Callable[[str, Row], bool]) -> None:
+        found = {
+            task: next((entry for entry in entries[task] if wanted(task, entry)), None)
+            for task in TASKS
+        }
+        kept = {task: entry for task, entry in found.items() if entry is not None}
+        if kept:
+            lines.append((name, SETTINGS[setting], kept))
+
+    for method in ("full", "galore", "owlore"):
         for setting, variant in quality_embeddings.SETTINGS[method].items():
-            line: list[object] = [name_of({"method": method, "variant": ""}), TRAINED[setting]]
-            for task in TASKS:
-                own, base = (
-                    quality_embeddings.by_seed(rows, task, method, name)
-                    for name in (variant, quality_embeddings.SETTINGS[method]["full"])
-                )
-                line.append("")
-                if own:
-                    mean = abs(sum(own.values())) / len(own)
-                    text = f"{mean:.2f}" if task == "commonsense" else f"{mean:.4f}"
-                    if quality_embeddings.chosen(task, rows).get(method, ("",))[0] == variant:
-                        text = f"**{text}**"
-                    found = None if setting == "full" else quality_stats.paired(own, base)
-                    if found and task != "commonsense":
-                        # As losses: less is better.
-                        found = (-found[0], -found[2], -found[1])
-                    line[-1] = " ".join(filter(None, (text, quality_stats.interval(found, task))))
-            if any(line[2:]):
-                cells.append(line)
-    return head, cells
+            line(
+                name_of({"method": method, "variant": ""}), setting,
+                lambda _, e, key=(method, variant): (e["method"], e["variant"]) == key
+                and (e["tuned"] or e["chosen"]),
+            )  # fmt: skip
+    for lr in (3e-4, 1e-3):
+        line(
+            f"OwLore's defaults at {lr:g}", "frozen",
+            lambda _, e, key=(*DEFAULTS, lr): (e["method"], e["variant"], e["lr"]) == key,
+        )  # fmt: skip
+    for method in ("lora", "dora", "lisa", "ows", "owlore-published", "uniform"):
+        line(
+            name_of({"method": method, "variant": ""}), "",
+            lambda _, e, key=method: e["method"] == key and e["chosen"],
+        )  # fmt: skip
+    cells: list[list[object]] = []
+    for name, setting, by_task in lines:
+        cells.append([name, setting])
+        for task in TASKS:
+            text = ""
+            if task in by_task:
+                entry = by_task[task]
+                text = f"{entry['mean']:.{2 if task == 'commonsense' else 4}f}"
+                text = f"**{text}**" if entry["chosen"] else text
+                text = f"{text} {against(entry, task)}".rstrip()
+            cells[-1].append(text)
+    return ["method", "embedding and head", *TASKS.values()], cells
 
 
 def against(entry: Row, task: str) -> str:

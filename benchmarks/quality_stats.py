@@ -184,11 +184,11 @@ def summarise(
 ) -> list[Row]:
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
 
-    Differences are seed by seed, with their 95% interval, and None with fewer than two seeds in
-    common: `against` (between means, and `unpaired` set, where the seeds that count are all fresh
-    to the other); `base`, to the same method and rate without the variant's last options;
-    of a method that draws blocks, `uniform` and `reverse`, to those distributions with the same
-    variant and rate.
+    Differences are seed by seed, by fresh seeds where both have them, with their 95% interval, and
+    None with fewer than two seeds in common: `against` (between means, and `unpaired` set, where
+    the seeds that count are all fresh to the other); `base`, to the same method and rate without
+    the variant's last options; of a method that draws blocks, `uniform` and `reverse`, to those
+    distributions with the same variant and rate.
 
     Args:
         rows: Rows of runs.
@@ -221,11 +221,16 @@ def summarise(
     ) -> Interval | None:
         if other not in groups or other is None:
             return None
-        mine, theirs = (
-            {seed: value(row) for seed, row in by_seed.items()}
-            for by_seed in (counted(key), groups[other])
-        )
-        return paired(mine, theirs)
+        # Rows whose fresh seeds are not the other's compare by the earlier ones.
+        for own in (counted(key), groups[key]):
+            mine, theirs = (
+                {seed: value(row) for seed, row in by_seed.items()}
+                for by_seed in (own, groups[other])
+            )
+            found = paired(mine, theirs)
+            if found is not None:
+                return found
+        return None
 
     def against_reference(key: tuple[str, str, float]) -> tuple[Interval | None, bool]:
         if reference is None or key == reference:

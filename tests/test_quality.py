@@ -595,18 +595,38 @@ def test_the_rule_for_the_default(wins: int, differences: dict, expected: bool) 
     # While tests are missing nothing becomes the default.
     early = [r for r in rows if r["split"] != "test"]
     assert quality_embeddings.verdict(early)[0].default is (None if wins > 2 else False)
-    head, cells = quality_figures.embeddings_table(rows)
-    assert [line[:2] for line in cells] == [
-        ["OwLore", "trained"], ["OwLore", "frozen"], ["OwLore", "trained at lr / 3"],
-    ]  # fmt: skip
+
+
+def test_the_table_of_all_tasks_compares_with_full_fine_tuning() -> None:
+    frozen = "blocks=all,embeddings=freeze,head=freeze"
+
+    def runs(method, lr, score, task="commonsense", variant="default", chosen=False, first=5):
+        made = [
+            {**row(method, lr, score + s, "test", s, variant), "task": task, "tuned": True,
+             "loss": score + s / 10, "chosen": chosen}
+            for s in range(first, first + 3)
+        ]  # fmt: skip
+        return made
+
+    rows = runs("full", 1e-4, 40.0)
+    rows += runs("full", 3e-4, 41.0, variant="embeddings=freeze,head=freeze", chosen=True)
+    rows += runs("owlore", 3e-4, 40.5, variant=frozen, chosen=True)
+    rows += runs("owlore", 3e-4, 40.25, variant=f"{frozen},norms=freeze")
+    rows += runs("lora", 1e-3, 39.0, chosen=True)
+    # Of other rates nothing was named before the test.
+    rows += [{**r, "tuned": False} for r in runs("lora", 1e-4, 50.0)]
+    rows += runs("full", 3e-4, 0.6, "gsm8k", first=0)
+    rows += runs("lora", 1e-3, 0.5, "gsm8k", chosen=True, first=0)
+    head, cells = quality_figures.tasks_table(rows)
     assert all(len(line) == len(head) for line in cells)
-    value = differences.get("commonsense", 0.0)
-    assert cells[1][2] == f"**{60 + value:.2f}** {value:+.2f} [{value:+.2f}, {value:+.2f}]"
-    if wins == 2:
-        assert cells[1][4].startswith("8.4")
-    # Less loss is better.
-    if differences.get("gsm8k"):
-        assert cells[1][3] == "**8.4090** +0.0090 [+0.0090, +0.0090]"
+    assert [line[:4] for line in cells] == [
+        ["full fine-tuning", "trained", "46.00", "0.7000"],
+        ["full fine-tuning", "frozen", "**47.00** +1.00 [+1.00, +1.00]", ""],
+        ["OwLore", "frozen", "**46.50** +0.50 [+0.50, +0.50]", ""],
+        ["OwLore's defaults at 0.0003", "frozen", "46.25 +0.25 [+0.25, +0.25]", ""],
+        ["LoRA r 16", "as chosen", "**45.00** -1.00 [-1.00, -1.00]",
+         "**0.6000** -0.1000 [-0.1000, -0.1000]"],
+    ]  # fmt: skip
 
 
 def test_fresh_seeds_count_alone_where_they_are_there() -> None:
@@ -622,6 +642,15 @@ def test_fresh_seeds_count_alone_where_they_are_there() -> None:
     # Earlier seeds are compared with earlier ones.
     assert (found["lora"]["against"][0], found["lora"]["unpaired"]) == (pytest.approx(-8.0), False)
     assert found["owlore"]["unpaired"] is False
+    # Compared by earlier seeds with what has no fresh ones, and by fresh ones with what has.
+    drawn = [row("uniform", 1e-4, 48.5 + seed, "test", seed) for seed in range(5)]
+    drawn += [row("reverse", 1e-4, 45.0 + seed, "test", seed) for seed in (6, 7)]
+    drawn += [row("owlore", 1e-4, 9.0 + seed, "test", seed) for seed in (2, 3)]
+    table = quality_stats.summarise(rows + drawn, "commonsense", "test", fresh=range(5, 10))
+    (own,) = (entry for entry in table if entry["method"] == "owlore")
+    assert own["uniform"][0] == pytest.approx((0.5 - 39.5 - 39.5) / 3)
+    assert own["reverse"] == pytest.approx((4.0, 4.0, 4.0))
+    assert own["mean"] == 55.5
     # Fresh ones with earlier ones as means: 55.5, deviation sqrt(.5), and 52, deviation sqrt(2.5).
     early = [r for r in rows if r["method"] == "owlore" or r["seed"] < 5]
     table = quality_stats.summarise(early, "commonsense", "test", fresh=range(5, 10))
@@ -803,7 +832,11 @@ def test_other_subspaces_are_tested_where_they_are_ahead_on_what_is_held_out() -
 
     def accuracy(job):
         # embedding_rows: a hundredth in loss. Two tasks gain at one rate, one loses at both.
-        gain = {(one, "gsm8k", 1e-3): 2.0, (one, "wikitext2", 3e-4): 1.5, (other, "gsm8k", 1e-3): 0.9}
+        gain = {
+            (one, "gsm8k", 1e-3): 2.0,
+            (one, "wikitext2", 3e-4): 1.5,
+            (other, "gsm8k", 1e-3): 0.9,
+        }
         less = -1.0 if (job.variant, job.task) == (one, "commonsense") else 0.0
         return 50 + gain.get((job.variant, job.task, job.lr), 0.0) + less - (job.lr == 3e-4) / 2
 
@@ -855,7 +888,7 @@ def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeyp
     ] + [{**row("owlore", 3e-4, 47.9 + seed, "test", seed), "chosen": True} for seed in range(3)]
     rows.append(row("owlore", 3e-4, 99.0, "test", variant="blocks=2"))
     rows.append(row("owlore", 3e-4, 47.0, "test", variant="blocks=all", seed=1))
-    beside = {"commonsense": [("owlore", "blocks=all", 3e-4)], "gsm8k": []}
+    beside = [("owlore", "blocks=all", 3e-4)]
     monkeypatch.setattr(quality_figures, "BESIDE", beside)
     head, cells = quality_figures.commonsense_table(rows)
     assert [line[:2] for line in cells] == [
@@ -873,13 +906,6 @@ def test_the_table_shows_what_was_chosen_before_the_test(tmp_path: Path, monkeyp
     assert quality_figures.commonsense_table(rows)[1][0][8] == "2.50"
     quality_figures.chart(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000
-    losses = [
-        {**entry, "task": "gsm8k", "loss": 0.6 + entry["seed"] / 10, "chosen": True}
-        for entry in rows[:3]
-    ]
-    assert quality_figures.gsm8k_table(losses)[1] == [
-        ["full fine-tuning", "yes", "0.0001", "0.7000 ± 0.1000", "", 3]
-    ]
     with pytest.raises(ValueError, match="no rows of chosen variants"):
         quality_figures.commonsense_table(rows[-1:])
 
