@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 benchmarks/bench_scale.py --small --device cpu
 
 A step is forward, backward and the optimizer's real step on random tokens; weights are random and
-bfloat16, embedding and head are frozen, gradient checkpointing is non-reentrant. Each GPU has its
-own sequences (tokens). Where few blocks train they are spread evenly over the model, the first
-among them, so that backward has no short way. Where compile is true each decoder block is compiled,
-in every strategy; graphs is how many it took.
+bfloat16, embedding and head are frozen, norms train, gradient checkpointing is non-reentrant. Each
+GPU has its own sequences (tokens). Where few blocks train they are spread evenly over the model,
+the first among them, so that backward has no short way. Where compile is true each decoder block is
+compiled, in every strategy; graphs is how many it took.
 
 strategy is ddp, fsdp2 (fully_shard of each block and of the model; prefetch: with two blocks'
 gathering in flight, by set_modules_to_forward_prefetch) or without a wrapper: one on each GPU in
@@ -214,6 +214,7 @@ def options_of(case: Case, rank: int, count: int) -> dict[str, Any]:
         "moments": "bf16",
         "embeddings": "freeze",
         "head": "freeze",
+        "norms": "full",
         "lr": 1e-5,
     }
 
@@ -367,7 +368,12 @@ def profile(case: Case, training: Training) -> None:
             torch.cuda.synchronize()
         ended = time.perf_counter() - began
     averages = seen.key_averages()
-    kernels = [a for a in averages if a.device_type != torch.autograd.DeviceType.CPU]
+    # Ranges such as nccl:all_gather have the time of the kernels in them once more.
+    kernels = [
+        a
+        for a in averages
+        if a.device_type != torch.autograd.DeviceType.CPU and not a.is_user_annotation
+    ]
     busy = sum(a.self_device_time_total for a in kernels) / 2e3
     print(
         f"profile {case.name} rank {distributed.get_rank()}: launched in {500 * launched:.0f} ms, "

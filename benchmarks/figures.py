@@ -345,6 +345,7 @@ def outlier_chart(path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+SCALE_RUNS = ("scale_first", "scale_second", "scale_third", "scale_fourth")
 SHARING = {"one": "one GPU alone", "ddp": "DDP", "fsdp2": "FSDP2"}
 PATHS = {
     "projected": "owlore", "dense": "owlore, gradient formed", "full": "AdamW",
@@ -354,31 +355,39 @@ PATHS = {
 
 def scale_table() -> str:
     """Training on several GPUs, each case in the last run that has it; empty without results."""
-    found: dict[tuple, Row] = {}
-    for run, name in enumerate(("scale_first", "scale_second", "scale"), 1):
-        if (RESULTS / "h200x2" / f"{name}.json").is_file():
-            for row in load(name, "h200x2"):
-                keys = ("path", "blocks", "strategy", "tokens", "compile", "prefetch")
-                key = tuple(row.get(key) or False for key in keys)
-                found[key] = {
-                    **found.get(key, {}),
-                    **row,
-                    "run": run,
-                    "peak_gib": row["peak_gib"] or found.get(key, {}).get("peak_gib"),
-                }
-    rows = [row for row in found.values() if row["strategy"] in SHARING]
+    alone: dict[tuple, Row] = {}
+    shared: dict[tuple, Row] = {}
+
+    def group(row: Row) -> tuple:
+        return row["path"], row["blocks"], row["tokens"], bool(row.get("compile"))
+
+    for run, name in enumerate(SCALE_RUNS, 1):
+        if not (RESULTS / "h200x2" / f"{name}.json").is_file():
+            continue
+        for row in load(name, "h200x2"):
+            if row["strategy"] == "one":
+                alone[run, group(row)] = row | {"run": run}
+            elif row["strategy"] in SHARING:
+                key = (group(row), row["strategy"], bool(row.get("prefetch")))
+                peak = row["peak_gib"] or shared.get(key, {}).get("peak_gib")
+                shared[key] = row | {"run": run, "peak_gib": peak}
+    # An efficiency stands below the GPU that it was divided by, which is of the same run.
+    bases = {(row["run"], group(row)) for row in shared.values()}
+    rows = [*(row for key, row in alone.items() if key in bases), *shared.values()]
     if not rows:
         return ""
     rows.sort(key=lambda r: (list(PATHS).index(r["path"]), r["tokens"], bool(r.get("compile")),
-                             -r["blocks"], list(SHARING).index(r["strategy"])))  # fmt: skip
-    head = ["method", "tokens a GPU", "blocks that train", "on", "run", "peak GiB of a GPU",
-            "tokens/s", "efficiency", "all-reduced MiB a step", "by plain DDP"]  # fmt: skip
+                             -r["blocks"], r["run"], list(SHARING).index(r["strategy"]),
+                             bool(r.get("prefetch"))))  # fmt: skip
+    head = ["method", "tokens a GPU", "blocks that train", "on", "run", "rounds",
+            "peak GiB of a GPU", "tokens/s", "efficiency", "all-reduced MiB a step",
+            "by plain DDP"]  # fmt: skip
     cells = []
     for row in rows:
-        alone = row["strategy"] == "one"
+        one = row["strategy"] == "one"
         spread = (
             f" ({row['efficiency_low']:.3f} to {row['efficiency_high']:.3f})"
-            if "efficiency_low" in row
+            if row.get("rounds", 1) > 1
             else ""
         )
         sums, dense = row["allreduce_mib_per_step"], row["dense_allreduce_mib_per_step"]
@@ -389,13 +398,14 @@ def scale_table() -> str:
                 row["blocks"],
                 SHARING[row["strategy"]]
                 + (", prefetching" if row.get("prefetch") else "")
-                + ("" if alone else f", {row['gpus']} GPUs"),
+                + ("" if one else f", {row['gpus']} GPUs"),
                 row["run"],
+                row.get("rounds", ""),
                 f"{row['peak_gib']:.2f}" if row["peak_gib"] else "",
-                f"{row['tokens_per_s'] / (row['gpus'] if alone else 1):,.0f}",
-                "" if alone else f"{row['efficiency']:.3f}{spread}",
-                "" if alone else f"{sums:,.0f}",
-                "" if alone or dense is None else f"{dense:,.0f}",
+                f"{row['tokens_per_s'] / (row['gpus'] if one else 1):,.0f}",
+                "" if one else f"{row['efficiency']:.3f}{spread}",
+                "" if one else f"{sums:,.0f}",
+                "" if one or dense is None else f"{dense:,.0f}",
             )
         )
     return markdown(head, cells)

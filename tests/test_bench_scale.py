@@ -25,6 +25,16 @@ def bench_scale(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the tables."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("figures")
+    for name in {name for name in sys.modules if name.startswith(("figures", "quality"))} - before:
+        sys.modules.pop(name, None)
+
+
 def bench(file: Path, *options: str, fails: bool = False) -> tuple[list[dict[str, Any]], str]:
     """The rows after the machine's, and what was printed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -118,3 +128,44 @@ def test_cores_are_shared_out_once(bench_scale: Any, monkeypatch: pytest.MonkeyP
     shares = [bench_scale.share_of_cores(i, 2, False) for i in range(2)]
     assert shares == [[0, 4, 1], [5, 2, 6]]
     assert bench_scale.share_of_cores(0, 7, False) == []
+
+
+def test_the_table_shows_an_efficiency_below_its_own_base(
+    figures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(strategy: str, rate: int, tokens: str = "1x2048", **changes: Any) -> dict[str, Any]:
+        return {
+            "strategy": strategy, "gpus": 2, "blocks": 32, "path": "projected", "tokens": tokens,
+            "peak_gib": 9.0, "tokens_per_s": rate, "allreduce_mib_per_step": 1.0,
+            "dense_allreduce_mib_per_step": None, **changes,
+        }  # fmt: skip
+
+    def rounds(count: int, efficiency: float, **changes: Any) -> dict[str, Any]:
+        spread = {"efficiency_low": 0.5, "efficiency_high": 0.75}
+        return {"rounds": count, "efficiency": efficiency, **spread, **changes}
+
+    runs = [
+        [row("one", 200), row("ddp", 180, efficiency=0.9), row("fsdp2", 100, efficiency=0.5)],
+        [row("one", 210), row("ddp", 200, **rounds(6, 0.95), peak_gib=None), row("each", 205)],
+        [
+            row("one", 220), row("fsdp2", 132, **rounds(3, 0.6), prefetch=False),
+            row("fsdp2", 110, **rounds(3, 0.5), prefetch=True),
+            row("one", 400, "4x2048"), row("ddp", 396, "4x2048", **rounds(1, 0.99)),
+            row("one", 250, "8x2048"),
+        ],
+    ]  # fmt: skip
+    monkeypatch.setattr(figures, "load", lambda name, machine: runs[int(name)])
+    monkeypatch.setattr(figures, "SCALE_RUNS", [str(run) for run in range(len(runs))])
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    _, _, *lines = figures.scale_table().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [[cell[1], *cell[3:9]] for cell in cells] == [
+        ["1 x 2048", "one GPU alone", "2", "", "9.00", "105", ""],
+        ["1 x 2048", "DDP, 2 GPUs", "2", "6", "9.00", "200", "0.950 (0.500 to 0.750)"],
+        ["1 x 2048", "one GPU alone", "3", "", "9.00", "110", ""],
+        ["1 x 2048", "FSDP2, 2 GPUs", "3", "3", "9.00", "132", "0.600 (0.500 to 0.750)"],
+        ["1 x 2048", "FSDP2, prefetching, 2 GPUs", "3", "3", "9.00", "110",
+         "0.500 (0.500 to 0.750)"],
+        ["4 x 2048", "one GPU alone", "3", "", "9.00", "200", ""],
+        ["4 x 2048", "DDP, 2 GPUs", "3", "1", "9.00", "396", "0.990"],
+    ]  # fmt: skip
