@@ -206,28 +206,41 @@ def methods_table() -> str:
     rows = [row for row in load("train_methods") if row["tokens"] == "8x512"]
     models = {"llama2-7b": "LLaMA-2-7B", "llama3-8b": "LLaMA-3-8B", "qwen3-4b": "Qwen3-4B"}
     models = {key: name for key, name in models.items() if any(r["model"] == key for r in rows)}
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    order = ["owlore", "lisa", "peft-lora", "galore-torch", "adamw-fused", "embed-head-only"]
+    rows.sort(key=lambda r: (r["embeddings"] != "freeze", order.index(r["provider"]), -r["blocks"]))
+    lora = {row["model"]: row for row in rows if row["provider"] == "peft-lora"}
+    found: dict[tuple[str, str], dict[str, tuple[Row, float]]] = {}
     for row in rows:
-        name = TRAINERS[row["provider"]]
+        name, rate = TRAINERS[row["provider"]], row["tokens_per_s"]
         if row["provider"] == "owlore":
-            drawn, few = " as drawn" if row.get("draws") else "", row["refresh_every"] == 50
-            name += f", {row['blocks'] if few else 'all'} blocks{drawn}, a "
-            name += f"{'draw' if few else 'refresh'} every {row['refresh_every']} steps"
-        found.setdefault((name, row["embeddings"], row["moments"]), {})[row["model"]] = row
+            few = row["refresh_every"] == 50
+            name += f", {row['blocks']} blocks, drawn" if few else ", all blocks, new bases"
+            name += f" every {row['refresh_every']} steps"
+        elif row["provider"] == "lisa":
+            name += f", {row['blocks']} blocks"
+        if row["moments"] != "bf16":
+            name += f", {row['moments']} moments"
+        rest = "frozen" if row["embeddings"] == "freeze" else "trained"
+        rates = {name: rate}
+        if row.get("tokens_per_s_with_svd"):
+            rates = {f"{name} with its SVDs": row["tokens_per_s_with_svd"],
+                     f"{name}, SVDs left out": rate}  # fmt: skip
+        for each, value in rates.items():
+            found.setdefault((each, rest), {})[row["model"]] = row, value
     cells = []
-    for (name, embeddings, moments), by_model in found.items():
-        cell = [name, embeddings, moments]
+    for names, by_model in found.items():
+        cell = [*names]
         for model in models:
-            row = by_model.get(model)
-            if row is None:
-                cell += ["", ""]
-                continue
-            rate = row.get("tokens_per_s_with_svd") or row["tokens_per_s"]
-            cell += [f"{row['peak_gib']:.2f}", f"{rate:,.0f}"]
+            cell += ["", ""]
+            if model in by_model:
+                row, rate = by_model[model]
+                cell[-2:] = [f"{row['peak_gib']:.2f}", f"{rate:,.0f}"]
+                if model in lora:
+                    cell[-1] += f" ({rate / lora[model]['tokens_per_s']:.2f})"
         cells.append(cell)
-    head = ["method", "embedding and head", "moments"]
+    head = ["method", "embedding and head"]
     for name in models.values():
-        head += [f"{name}: peak GiB", "tokens/s"]
+        head += [f"{name}: peak GiB", "tokens/s (times LoRA's)"]
     return markdown(head, cells)
 
 

@@ -315,22 +315,27 @@ def test_the_table_of_methods_counts_what_bases_cost(
 ) -> None:
     galore = {"provider": "galore-torch", "embeddings": "full", "side": None}
     rows = [
-        row(tokens="8x512", refresh_every=200),
-        row(tokens="8x512", refresh_every=200, model="qwen3-4b", blocks=36, peak_gib=11.0),
         row(tokens="8x512", **galore, tokens_per_s=900.0, tokens_per_s_with_svd=300.0),
+        row(tokens="8x512", provider="peft-lora", side=None, tokens_per_s=1000.0, peak_gib=18.0),
         row(tokens="8x512", blocks=5, refresh_every=50, draws=[[0, 1, 2, 3, 9]], lowest=4.5),
+        row(tokens="8x512", provider="lisa", blocks=2, embeddings="full", moments="fp32"),
+        row(tokens="8x512", refresh_every=200, tokens_per_s=1100.0),
+        row(tokens="8x512", refresh_every=200, model="qwen3-4b", blocks=36, peak_gib=11.0),
         row(tokens="1x2048"),
     ]
     monkeypatch.setattr(figures, "load", lambda name: rows)
     monkeypatch.setattr(Path, "is_file", lambda path: path.stem == "train_methods")
     _, _, *lines = figures.methods_table().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    # Who rests its embedding first; a ratio only where LoRA's row is of the same model.
     assert cells == [
-        ["owlore, all blocks, a refresh every 200 steps", "freeze", "bf16", "19.00", "1,200",
+        ["owlore, all blocks, new bases every 200 steps", "frozen", "19.00", "1,100 (1.10)",
          "11.00", "1,200"],
-        ["GaLore (galore-torch)", "full", "bf16", "19.00", "300", "", ""],
-        ["owlore, 5 blocks as drawn, a draw every 50 steps", "freeze", "bf16", "19.00", "1,200",
-         "", ""],
+        ["owlore, 5 blocks, drawn every 50 steps", "frozen", "19.00", "1,200 (1.20)", "", ""],
+        ["LoRA r 16 (PEFT)", "frozen", "18.00", "1,000 (1.00)", "", ""],
+        ["LISA (preset), 2 blocks, fp32 moments", "trained", "19.00", "1,200 (1.20)", "", ""],
+        ["GaLore (galore-torch) with its SVDs", "trained", "19.00", "300 (0.30)", "", ""],
+        ["GaLore (galore-torch), SVDs left out", "trained", "19.00", "900 (0.90)", "", ""],
     ]  # fmt: skip
 
 
