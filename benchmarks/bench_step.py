@@ -33,6 +33,7 @@ from owlore import OwLore
 
 CASE = "llama2-7b-5-blocks"
 FROZEN = {"embeddings": "freeze", "head": "freeze", "norms": "freeze"}
+TRAINED = dict.fromkeys(FROZEN, "full")
 
 
 def build(device: str, small: bool) -> torch.nn.Module:
@@ -60,7 +61,7 @@ def build_optimizer(
     if provider == "owlore":
         return OwLore(
             model, lr=1e-4, blocks="all", rank=rank, distribution="uniform", interval=10**6,
-            refresh_interval=10**6, gradient=path, **({} if dense else FROZEN),
+            refresh_interval=10**6, gradient=path, **(TRAINED if dense else FROZEN),
         )  # fmt: skip
     for name, param in model.named_parameters():
         param.requires_grad_(dense or "proj" in name)

@@ -86,7 +86,7 @@ def main() -> None:
                 model = stories260k.load_model()
                 optimizer = OwLore(
                     model, lr=args.lr, rank=args.rank, distribution="uniform", seed=seed,
-                    embeddings="freeze", head="freeze", **{**choices, **options},
+                    embeddings="freeze", head="freeze", norms="full", **{**choices, **options},
                 )  # fmt: skip
                 began = time.perf_counter()
                 quality_train.train(model, optimizer, batches, autocast=False, graphs=False)

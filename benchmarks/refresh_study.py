@@ -102,7 +102,7 @@ def record(args) -> tuple[dict, dict]:
                    args.length, steps, args.seed)  # fmt: skip
     optimizer = OwLore(
         model, blocks="all", rank=128, distribution="uniform", lr=args.lr, gradient="dense",
-        embeddings="freeze", head="freeze",
+        embeddings="freeze", head="freeze", norms="full",
     )  # fmt: skip
     watched = {
         f"{block}.{name}": layer.weight

@@ -24,8 +24,8 @@ ON_REFRESH = ("keep", "reset", "transport")
 STATES = ("reset", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("fp32", "bf16")
-# The published methods train embeddings and head with plain Adam.
-_TRAINED = {"embeddings": "full", "head": "full"}
+# The published methods train embeddings, head, norms and biases with plain Adam.
+_TRAINED = {"embeddings": "full", "head": "full", "norms": "full"}
 PRESETS: dict[str, dict[str, Any]] = {
     "owlore": {"blocks": 5} | _TRAINED,
     "ows": {"blocks": 5, "rank": None} | _TRAINED,
@@ -128,7 +128,7 @@ class OwLoreConfig:
     state: str = option("reset", "what happens to a block's state when it is left", STATES)
     embeddings: str = option("freeze", "how the embeddings train", ("full", "freeze", "lowrank"))
     head: str = option("freeze", "how the LM head trains", ("full", "freeze", "lowrank"))
-    norms: str = option("full", "how norms and biases train", ("full", "freeze"))
+    norms: str = option("freeze", "how norms and biases train", ("full", "freeze"))
     other: str = option("freeze", "how parameters that fit no scheme train", ("freeze", "full"))
     dense_lr: float | None = option(None, "learning rate outside low-rank weights (default: lr)")
     dense_moments: str = option(

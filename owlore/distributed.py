@@ -256,11 +256,9 @@ class Flags:
             gathered.requires_grad_(flag)
 
 
-def has_ranks() -> bool:
-    """Whether this process is one of several."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return distributed.get_world_size() > 1
+def has_group() -> bool:
+    """Whether this process belongs to a group, be it alone there: DDP may wrap the model."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -335,8 +333,8 @@ def _rebuild(ddp: DistributedDataParallel, names: list[str]) -> None:
     managed = [param for name, param in ddp.module.named_parameters() if name not in ignored]
     if not any(param.requires_grad for param in managed):
         raise ValueError(
-            "model: DistributedDataParallel would have no parameter to manage: under it one of "
-            "embeddings, head and norms must be 'full'"
+            "model: DistributedDataParallel would have no parameter to manage, as the model has no "
+            "final norm: under it embeddings or head must be 'full'"
         )
     ddp.parameters_to_ignore = ignored
     setattr(ddp, _OURS, set(names))

@@ -431,6 +431,9 @@ def _describe_roles(
     if idle:
         numbers = ", ".join(map(str, idle))
         lines.append(f"not trained, and never drawn: blocks {numbers}, whose weights are frozen")
+    groups = param_groups(members, config)
+    if config.dense_lr is not None and all(group["lr"] != config.dense_lr for group in groups):
+        lines.append("dense_lr has no effect: what it is for is not trained, or in low rank")
     if config.rank is not None and config.rank_distribution != "even":
         ranks = [0] * len(layout.blocks)
         for member in members:

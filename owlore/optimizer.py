@@ -136,9 +136,10 @@ class OwLore(Optimizer):
     """Outlier-weighted sampled low-rank training (OwLore / OWS, arXiv 2405.18380).
 
     Every `interval` steps `blocks` decoder blocks are drawn; the linear weights of a drawn block
-    train with AdamW in a rank-`rank` subspace of their gradient (GaLore, arXiv 2403.03507), its
-    norms and biases with AdamW. Embeddings, LM head and final norm train at every step with AdamW.
-    All other parameters have `requires_grad=False` while they are not trained.
+    train with AdamW in a rank-`rank` subspace of their gradient (GaLore, arXiv 2403.03507). All
+    other parameters rest by default, but the head of a model that classifies. On request norms and
+    biases train with AdamW while their block is drawn; final norm, embeddings and LM head then
+    train at every step. What is not trained has `requires_grad=False`.
 
     The first draw takes effect at the first training forward pass, not at construction, so that
     trainers and wrappers see every parameter before any is frozen. The active blocks are a pure
@@ -289,13 +290,13 @@ class OwLore(Optimizer):
         distributed.refuse_later_shards()
         ddp = distributed.find_ddp(model)
         frozen = self._frozen
-        if not always and (ddp is not None or distributed.has_ranks()):
+        if not always:
             norms = [e for e in self._layout.entries if e.role == blocks.NORM]
             self._shown = next((e.param for e in norms if any(e.param is p for p in frozen)), None)
             if self._shown is not None:
                 # DDP refuses a model without a parameter to manage: it averages zeros of this one.
-                self._shown.requires_grad_(True)
-                self._silence = self._shown.register_hook(torch.zeros_like)
+                if distributed.has_group():
+                    self._shown.requires_grad_(True)
                 frozen = [param for param in frozen if param is not self._shown]
                 self._exchange = distributed.Exchange(
                     self._layout.owner, hidden, values, [self._shown]
@@ -425,9 +426,12 @@ class OwLore(Optimizer):
             self._modes_step = -1
 
     def _apply_flags(self) -> None:
+        shows = self._shown is not None and distributed.has_group()
         for param in self._frozen:
-            self._flags.set(param, param is self._shown)
+            self._flags.set(param, shows and param is self._shown)
             param.grad = None
+        if shows and self._silence is None:
+            self._silence = cast(Tensor, self._shown).register_hook(torch.zeros_like)
         for member in self._members:
             active = self._is_active(member)
             if member.projection is not None:

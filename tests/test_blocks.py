@@ -169,7 +169,7 @@ def test_three_steps_change_only_what_is_documented(name, rank, gradient):
     always = roles["embeddings"] | roles["head"] | roles["norm"]
     optimizer = OwLore(
         model, distribution="uniform", blocks=1, rank=rank, interval=2, lr=1e-2, seed=1,
-        gradient=gradient, refresh="exact", embeddings="full", head="full",
+        gradient=gradient, refresh="exact", embeddings="full", head="full", norms="full",
     )  # fmt: skip
 
     def weight(key: str) -> str:
@@ -331,6 +331,7 @@ def test_a_conv1d_model_trains_as_its_linear_form(side, basis, gradient):
         "gradient": gradient,
         "embeddings": "full",
         "head": "full",
+        "norms": "full",
     }
     models = {"conv": conv, "linear": linear}
     optimizers = {key: OwLore(model, **options) for key, model in models.items()}
@@ -428,8 +429,9 @@ def test_an_encoder_beside_a_decoder_is_never_guessed_at(build):
 def test_an_encoder_decoder_trains_where_blocks_path_says():
     model = _t5(num_layers=3, num_decoder_layers=2)
     optimizer = OwLore(
-        model, distribution="uniform", blocks=1, rank=2, lr=1e-2, blocks_path="decoder.block"
-    )
+        model, distribution="uniform", blocks=1, rank=2, lr=1e-2, blocks_path="decoder.block",
+        refresh="exact",
+    )  # fmt: skip
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="owlore")
@@ -564,8 +566,9 @@ def test_parameters_that_the_user_froze_stay_frozen():
         model.get_parameter(name).requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = OwLore(
-        model, distribution="uniform", blocks="all", rank=2, lr=1e-2, embeddings="full", head="full"
-    )
+        model, distribution="uniform", blocks="all", rank=2, lr=1e-2, embeddings="full",
+        head="full", norms="full",
+    )  # fmt: skip
     for step in range(2):
         model(**tiny_models.batch(seed=step)).loss.backward()
         optimizer.step()
@@ -611,8 +614,9 @@ def test_a_wrapper_hides_neither_head_nor_embedding():
 def test_gradients_of_blocks_that_leave_are_freed():
     model = tiny_models.build("llama")
     optimizer = OwLore(
-        model, distribution="uniform", blocks=1, rank=2, interval=1, seed=1, gradient="dense"
-    )
+        model, distribution="uniform", blocks=1, rank=2, interval=1, seed=1, gradient="dense",
+        norms="full",
+    )  # fmt: skip
     seen = set()
     for step in range(4):
         model(**tiny_models.batch(seed=step)).loss.backward()

@@ -34,6 +34,7 @@ OPTIONS: dict[str, Any] = {
     "on_refresh": "transport",
     "embeddings": "full",
     "head": "full",
+    "norms": "full",
 }
 
 

@@ -45,7 +45,7 @@ DEFAULTS = {
     "state": "reset",
     "embeddings": "freeze",
     "head": "freeze",
-    "norms": "full",
+    "norms": "freeze",
     "other": "freeze",
     "dense_lr": None,
     "dense_moments": "auto",
@@ -304,7 +304,7 @@ def test_presets():
         default = OwLoreConfig().to_dict()
         return {key: value for key, value in plain.items() if value != default[key]}
 
-    trained = {"embeddings": "full", "head": "full"}
+    trained = {"embeddings": "full", "head": "full", "norms": "full"}
     assert differs("owlore") == {"blocks": 5} | trained
     assert differs("ows") == {"blocks": 5, "rank": None} | trained
     assert differs("lisa") == {"distribution": "uniform", "blocks": 5, "rank": None} | trained

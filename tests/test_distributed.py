@@ -43,6 +43,7 @@ OPTIONS: dict[str, Any] = {
     "on_refresh": "transport",
     "embeddings": "full",
     "head": "full",
+    "norms": "full",
 }
 STEPS = 12
 
@@ -291,7 +292,14 @@ def picky(optimizer: OwLore, model: nn.Module, rank: int | None) -> None:
 
 
 PICKY: list[dict[str, Any]] = [
-    {"rank": 3, "blocks": "all", "distribution": "uniform", "gradient": gradient, "lr": 1e-2}
+    {
+        "rank": 3,
+        "blocks": "all",
+        "distribution": "uniform",
+        "gradient": gradient,
+        "lr": 1e-2,
+        "norms": "full",
+    }
     for gradient in ("projected", "dense")
 ]
 
@@ -320,6 +328,43 @@ def test_a_block_that_a_rank_leaves_out_is_averaged_all_the_same():
             for name, want in model.state_dict().items():
                 torch.testing.assert_close(weights[name], want, **TRAINING_FLOAT64)
             assert not torch.equal(before["layers.1.weight"], weights["layers.1.weight"])
+
+
+@pytest.mark.parametrize("first", ["optimizer", "group", "wrapper"])
+def test_a_rank_alone_trains_the_default_whatever_comes_first(first):
+    """DDP with the blocks' weights alone, which leave it nothing to manage."""
+    plain, model = tiny_models.build("llama"), tiny_models.build("llama")
+    before = copy.deepcopy(model.state_dict())
+
+    def optimizer_of(model: nn.Module) -> OwLore:
+        return OwLore(model, rank=4, lr=1e-2)
+
+    def trained(model: nn.Module, optimizer: OwLore) -> list[float]:
+        norms = []
+        for step in range(4):
+            model(**tiny_models.batch(step)).loss.backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    norms = trained(plain, optimizer_of(plain))
+    optimizer = optimizer_of(model) if first == "optimizer" else None
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        optimizer = optimizer_of(model) if first == "group" else optimizer
+        wrapped = DistributedDataParallel(model)
+        optimizer = optimizer_of(wrapped) if first == "wrapper" else optimizer
+        assert optimizer is not None
+        assert trained(wrapped, optimizer) == norms
+        optimizer.detach()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, want in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], want), name
+    assert torch.equal(model.model.norm.weight, before["model.norm.weight"])
+    assert all(param.requires_grad for param in model.parameters())
 
 
 def run_late() -> tuple[list[str], dict[str, Tensor]]:
@@ -1011,7 +1056,7 @@ def test_wrong_orders_and_wrappers_say_what_to_do():
     wants = [
         "Wrap the very model that OwLore was built from",
         "call fully_shard first",
-        "one of embeddings, head and norms must be 'full'",
+        "under it embeddings or head must be 'full'",
         "wrap the model anew",
         "refused twice",
         "without tensor parallelism",

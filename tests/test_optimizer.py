@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import tolerances
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from owlore import OwLore, ops, projection
-from owlore.config import PRESETS, OwLoreConfig
+from owlore.config import GRADIENTS, PRESETS, OwLoreConfig
 
 SCORES = [0.1, 0.4, 0.2, 0.3]
 # The dense gradient path; tests/test_projected.py holds the projected one to it.
@@ -36,6 +38,7 @@ SMALL: dict[str, Any] = {
     "gradient": "dense",
     "embeddings": "full",
     "head": "full",
+    "norms": "full",
 }
 
 
@@ -181,6 +184,7 @@ def test_fifty_steps_equal_an_independent_composition(tiny_llama, options):
             "seed": 5,
             "embeddings": "full",
             "head": "full",
+            "norms": "full",
             **options,
         }
     )
@@ -230,6 +234,7 @@ def test_all_blocks_and_the_identity_basis_equal_adamw(tiny_llama, side, monkeyp
         gradient="dense",
         embeddings="full",
         head="full",
+        norms="full",
     )
     # A rank is clamped to the smaller side; the identity on the larger one needs all its columns.
     for member in optimizer._members:
@@ -407,6 +412,21 @@ def test_dense_lr_is_for_what_trains_densely(tiny_llama):
     assert rates["embeddings"] == 1e-5
     train_step(tiny_llama, optimizer, 0)
     assert optimizer.state[tiny_llama.lm_head.weight]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({}, True),
+        ({"rank": None}, True),
+        ({"embeddings": "lowrank", "head": "lowrank"}, True),
+        ({"norms": "full"}, False),
+        ({"head": "full"}, False),
+    ],
+)
+def test_a_dense_lr_that_nothing_has_is_named(tiny_llama, caplog, options, idle):
+    OwLore(tiny_llama, dense_lr=1e-5, **options).detach()
+    assert ("dense_lr has no effect" in caplog.text) == idle
 
 
 def test_dense_lr_and_moment_dtypes(tiny_llama):
@@ -676,13 +696,38 @@ def test_a_block_frozen_by_its_user_is_never_drawn(tiny_llama):
         OwLore(tiny_llama, **{**SMALL, "blocks": 4})
 
 
-def test_embedding_and_head_rest_by_default(tiny_llama):
-    optimizer = OwLore(tiny_llama, rank=4, gradient="dense")
-    before = weights(tiny_llama)
-    tiny_llama(batch(0), labels=batch(0)).loss.backward()
+LINEAR = {
+    "llama": r"model\.layers\..*_proj\.weight",
+    "qwen2": r"model\.layers\..*_proj\.weight",
+    "gpt2": r"transformer\.h\..*\.(c_attn|c_fc|c_proj)\.weight",
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_blocks_linear_weights_alone_train_by_default(name, gradient):
+    model = tiny_models.build(name)
+    optimizer = OwLore(model, rank=4, gradient=gradient)
+    before = weights(model)
+    for step in range(4):
+        model(**tiny_models.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    linear = {key for key in before if re.fullmatch(LINEAR[name], key)}
+    assert changed(model, before) == linear
+    assert {group["name"] for group in optimizer.param_groups} == {"blocks"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_train_biases_too(preset):
+    model = tiny_models.build("gpt2")
+    options = {} if "rank" in PRESETS[preset] else {"rank": 4}
+    config = OwLoreConfig.preset(preset, blocks="all", gradient="dense", lr=1e-2, **options)
+    optimizer = OwLore(model, config)
+    before = weights(model)
+    model(**tiny_models.batch()).loss.backward()
     optimizer.step()
-    frozen = {"model.embed_tokens.weight", "lm_head.weight"}
-    assert changed(tiny_llama, before) == set(before) - frozen
+    assert changed(model, before) == set(before)
 
 
 def test_the_head_of_a_classifier_trains(tiny_llama):
@@ -695,7 +740,8 @@ def test_the_head_of_a_classifier_trains(tiny_llama):
     before = weights(model)
     model(batch(0), labels=torch.tensor([1, 2])).loss.backward()
     optimizer.step()
-    assert changed(model, before) == set(before) - {"model.embed_tokens.weight"}
+    linear = {key for key in before if key.endswith("_proj.weight")}
+    assert changed(model, before) == linear | {"score.weight"}
 
 
 def test_a_head_put_in_place_of_the_lm_head_trains(tiny_llama):
@@ -705,7 +751,8 @@ def test_a_head_put_in_place_of_the_lm_head_trains(tiny_llama):
     before = weights(tiny_llama)
     tiny_llama(batch(0)).logits.square().mean().backward()
     optimizer.step()
-    assert changed(tiny_llama, before) == set(before) - {"model.embed_tokens.weight"}
+    linear = {key for key in before if key.endswith("_proj.weight")}
+    assert changed(tiny_llama, before) == linear | {"lm_head.weight", "lm_head.bias"}
 
 
 def test_groups_are_complete_from_the_start(tiny_llama):

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from owlore import OwLore, projected, projection
 from owlore.blocks import COORDINATES, SKETCH
 
-TRAINED = {"embeddings": "full", "head": "full"}
+TRAINED = {"embeddings": "full", "head": "full", "norms": "full"}
 SMALL: dict[str, Any] = {"blocks": 2, "rank": 4, "interval": 5, "scores": SCORES} | TRAINED
 M, N, R, T = 48, 32, 8, 37
 

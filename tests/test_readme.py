@@ -74,7 +74,7 @@ def test_the_five_lines_run(tiny_llama):
         "model": tiny_llama,
         "loader": [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (3, 2, 9))],
     }
-    before = tiny_llama.model.norm.weight.detach().clone()
+    before = tiny_llama.model.layers[0].mlp.up_proj.weight.detach().clone()
     exec(code, scope)
     assert scope["optimizer"].steps == 3
-    assert not torch.equal(before, tiny_llama.model.norm.weight)
+    assert not torch.equal(before, tiny_llama.model.layers[0].mlp.up_proj.weight)

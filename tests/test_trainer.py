@@ -34,6 +34,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 1,
     "embeddings": "full",
     "head": "full",
+    "norms": "full",
 }
 ROWS = 64
 
