@@ -990,12 +990,21 @@ class OwLore(Optimizer):
 
     def _read_pending(self) -> None:
         """Makes due again every basis whose last gradient turned out not to be finite."""
+        sketched = []
         for members, flags in self._pending:
             for member, finite in zip(members, flags.read(), strict=True):
                 if not finite and member.param in self.state:
                     self.state[member.param]["basis_age"] = -1
                     self._drop_prepared()
+                    if member.sketch is not None:
+                        sketched.append(member.entry.name)
         self._pending.clear()
+        if sketched:
+            # What steps counts its own.
+            self._warn_once(
+                f"non-finite gradients in a step that sketches: {len(sketched)} weights (such as "
+                f"{sketched[0]}) have no new basis, and rest until a sketch is finite"
+            )
 
     def _device_clock(self, device: torch.device) -> Tensor:
         """The number of steps taken, on a device: right once the present one is counted."""

@@ -26,7 +26,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from owlore import OwLore, ops, projection
-from owlore.config import GRADIENTS, PRESETS, OwLoreConfig
+from owlore.config import GRADIENTS, PRESETS, REFRESHES, OwLoreConfig
 
 SCORES = [0.1, 0.4, 0.2, 0.3]
 # The dense gradient path; tests/test_projected.py holds the projected one to it.
@@ -694,6 +694,20 @@ def test_a_block_frozen_by_its_user_is_never_drawn(tiny_llama):
     everything.detach()
     with pytest.raises(ValueError, match="at most 3"):
         OwLore(tiny_llama, **{**SMALL, "blocks": 4})
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
+def test_gradients_that_are_never_finite_are_reported(tiny_llama, refresh):
+    optimizer = OwLore(tiny_llama, rank=4, interval=3, refresh=refresh)
+    before = weights(tiny_llama)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(5):
+            (tiny_llama(batch(step), labels=batch(step)).loss * float("nan")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ["owlore: non-finite gradients" in str(w.message) for w in caught] == [True]
+    assert not changed(tiny_llama, before)
 
 
 LINEAR = {
