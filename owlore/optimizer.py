@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import logging
@@ -252,6 +253,7 @@ class OwLore(Optimizer):
         self._warned: set[str] = set()
         # Names and numbers of skipped gradients as of the last draw, until a step() reported them.
         self._skips: list[tuple[list[str], projection.DeferredFlags]] = []
+        self._lost_sketches: collections.Counter[str] = collections.Counter()
         self._reported_skips = 0
         self._detached = False
         self._before_load: _Before | None = None
@@ -350,10 +352,12 @@ class OwLore(Optimizer):
     def nonfinite(self) -> dict[str, int]:
         """Number of steps in which a parameter's non-finite gradients were skipped, by its name.
 
-        Parameters without such a step are left out. Counted since construction or loading. Waits
-        for the device.
+        Steps that sketched for a new basis are among them. Parameters without such a step are left
+        out. Counted since construction or loading. Waits for the device.
         """
-        return {name: count for name, count in _read_together(self._skip_counts()).items() if count}
+        self._read_pending()
+        counts = collections.Counter(_read_together(self._skip_counts())) + self._lost_sketches
+        return dict(counts)
 
     def _skip_counts(self) -> dict[str, Tensor]:
         counted = [m for m in self._members if m.skipped is not None and m.flag is not None]
@@ -1000,7 +1004,8 @@ class OwLore(Optimizer):
                         sketched.append(member.entry.name)
         self._pending.clear()
         if sketched:
-            # What steps counts its own.
+            # A member that steps counts its own.
+            self._lost_sketches.update(sketched)
             self._warn_once(
                 f"non-finite gradients in a step that sketches: {len(sketched)} weights (such as "
                 f"{sketched[0]}) have no new basis, and rest until a sketch is finite"
@@ -1158,6 +1163,7 @@ class OwLore(Optimizer):
         self._forget_buckets()
         self._pending.clear()
         self._skips.clear()
+        self._lost_sketches.clear()
         self._energy.clear()
         self._rng_steps.clear()
         for member in self._members:

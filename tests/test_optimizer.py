@@ -696,6 +696,13 @@ def test_a_block_frozen_by_its_user_is_never_drawn(tiny_llama):
         OwLore(tiny_llama, **{**SMALL, "blocks": 4})
 
 
+LINEAR = {
+    "llama": r"model\.layers\..*_proj\.weight",
+    "qwen2": r"model\.layers\..*_proj\.weight",
+    "gpt2": r"transformer\.h\..*\.(c_attn|c_fc|c_proj)\.weight",
+}
+
+
 @pytest.mark.parametrize("refresh", REFRESHES)
 def test_gradients_that_are_never_finite_are_reported(tiny_llama, refresh):
     optimizer = OwLore(tiny_llama, rank=4, interval=3, refresh=refresh)
@@ -708,13 +715,12 @@ def test_gradients_that_are_never_finite_are_reported(tiny_llama, refresh):
             optimizer.zero_grad()
     assert ["owlore: non-finite gradients" in str(w.message) for w in caught] == [True]
     assert not changed(tiny_llama, before)
-
-
-LINEAR = {
-    "llama": r"model\.layers\..*_proj\.weight",
-    "qwen2": r"model\.layers\..*_proj\.weight",
-    "gpt2": r"transformer\.h\..*\.(c_attn|c_fc|c_proj)\.weight",
-}
+    counts = optimizer.nonfinite()
+    assert set(counts) == {name for name in before if re.match(LINEAR["llama"], name)}
+    # A sketch is due again in every step; an exact refresh and its step are one.
+    assert set(counts.values()) == {5}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.nonfinite() == {}
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
