@@ -12,7 +12,7 @@ import quality_stats
 from quality_embeddings import PLANS
 
 __all__ = [
-    "chart", "chosen", "commonsense_table", "shown", "tasks_table",
+    "chart", "commonsense_table", "shown", "tasks_table",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -49,11 +49,6 @@ BESIDE = [(*DEFAULTS, 3e-4), ("owlore", "default", 3e-4),
 def summaries(rows: Sequence[Row], task: str) -> list[Row]:
     """Summaries of the test split, by the fresh seeds where a variant ran with them."""
     return quality_stats.summarise(rows, task, "test", fresh=PLANS[task].test)
-
-
-def chosen(rows: Sequence[Row], task: str) -> list[Row]:
-    """Summaries of the runs on the test split that were named before it, the best first."""
-    return [entry for entry in summaries(rows, task) if entry["chosen"]]
 
 
 def shown(rows: Sequence[Row], task: str) -> list[Row]:
