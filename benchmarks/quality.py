@@ -21,18 +21,19 @@ Tasks: commonsense trains ARC (easy and challenge), OpenBookQA and CommonsenseQA
 epoch and is judged by accuracy: the answer with the highest likelihood per character, as
 lm-evaluation-harness' acc_norm; `accuracy` is the mean over the four. gsm8k is judged by the loss
 of the held-out solutions, nats per token. Training rows whose question stands in a test file are
-dropped; `run` refuses to start if one is left. 600 (gsm8k: 500) training rows are the validation
-split, from which learning rates and variants are chosen: all run with one seed, those within a
-point of their method's best with two more, and the mean decides (gsm8k: one seed, and a fourth rate
-where the highest is the best). `embeddings` gives rivals what
-OwLore's candidates do to embedding and head, each at a rate chosen in the same way. The tables from
-`folds` on settle how embedding and head are trained, of all methods alike, on four tasks, two of
-them texts (loss per token): benchmarks/quality_embeddings.py says how. `fresh` tests what else
-stands in the README's table with the seeds of `folds-test`, `rates` the default setting at two
-rates on all tasks, and `memory` measures peak memory in a plain loop: no compiled blocks, no CUDA
-graphs (whose gradients outlive their phase), past a draw and a refresh, no evaluation. `subspace`
-asks, on what is held out of the training rows, whether the default learns more from other
-subspaces; the best variant is tested by `subspace-test`. `norms` tests the default without norms.
+dropped; `run` refuses to start if one is left. In the first tables 600 (gsm8k: 500) training rows
+are the validation split, from which learning rates and variants are chosen: all run with one seed,
+those within a point of their method's best with two more, and the mean decides (gsm8k: one seed,
+and a fourth rate where the highest is the best). `embeddings` gives rivals what OwLore's candidates
+do to embedding and head, each at a rate chosen in the same way. The tables from `folds` on settle
+how embedding and head are trained, of all methods alike, on four tasks, two of them texts (loss per
+token), and replace the earlier choice: benchmarks/quality_embeddings.py says how. `fresh` tests
+what else stands in the README's table with the seeds of `folds-test`, `rates` all blocks with a
+frozen embedding at two rates on all tasks, `norms` the same with frozen norms, as the defaults have
+it, and `memory` measures peak memory in a plain loop: no compiled blocks, no CUDA graphs (whose
+gradients outlive their phase), past a draw and a refresh, no evaluation. `subspace` asks, on what
+is held out of the training rows, whether more is learnt from other subspaces; the best variant is
+tested by `subspace-test`.
 
 Every finished run is one line of FILE, written at once; runs found there, or in a results file
 given with --done, are not repeated, so a table can be filled over several calls. --max-seconds
@@ -231,11 +232,11 @@ REFRESH = [
 # setting, at the rates that the first validation split gave them, and two controls.
 FRESH = ("dora", "owlore-published", "uniform")
 FRESH_CONTROLS = [("owlore", "default"), ("owlore", FROZEN_32)]
-# The default of OwLoreConfig; each task's tuning chose one of these rates for it.
-DEFAULT = "blocks=all,embeddings=freeze,head=freeze"
+# The default of OwLoreConfig but for its norms, which freeze there.
+FROZEN_ALL = "blocks=all,embeddings=freeze,head=freeze"
 # What the default may learn more from: other subspaces more often, or found better.
 SUBSPACES = [
-    f"{DEFAULT},{how}"
+    f"{FROZEN_ALL},{how}"
     for how in (
         "refresh_interval=50", "refresh_interval=50,on_refresh=transport", "refresh=exact",
         "refresh=exact,refresh_interval=50",
@@ -337,9 +338,10 @@ def jobs(
         for task, plan in quality_embeddings.PLANS.items():
             for seed in plan.test:
                 for lr in RATES[1:]:
-                    yield Job(task, "owlore", DEFAULT, lr, seed, "test")
+                    yield Job(task, "owlore", FROZEN_ALL, lr, seed, "test")
     elif table == "memory":
         settings = [(m, "default") for m in MAIN] + FRESH_CONTROLS
+        settings.append(("owlore", f"{FROZEN_ALL},norms=freeze"))
         settings += [(m, v) for m, own in quality_embeddings.SETTINGS.items() for v in own.values()]
         for method, variant in dict.fromkeys(settings):
             yield Job(task, method, variant, RATES[1], 0, "memory")
@@ -347,7 +349,7 @@ def jobs(
         for task, plan in quality_embeddings.PLANS.items():
             for seed in plan.test:
                 for lr in RATES[1:]:
-                    yield Job(task, "owlore", f"{DEFAULT},norms=freeze", lr, seed, "test")
+                    yield Job(task, "owlore", f"{FROZEN_ALL},norms=freeze", lr, seed, "test")
     elif table == "subspace":
         yield from subspace_jobs()
     elif table == "subspace-test":
@@ -411,19 +413,20 @@ def best_subspace(
     Returns:
         None while a run is missing, and where no variant is ahead.
     """
-    wanted = {job.key for job in subspace_jobs([DEFAULT, *SUBSPACES])}
+    wanted = {job.key for job in subspace_jobs([FROZEN_ALL, *SUBSPACES])}
     scores = {key_of(row): quality_stats.score(row) for row in done if key_of(row) in wanted}
     if wanted - scores.keys() - set(failed):
         return None
     found: dict[str, tuple[float, dict[str, float]]] = {}
-    for variant in (DEFAULT, *SUBSPACES):
+    for variant in (FROZEN_ALL, *SUBSPACES):
         gains, rates = [], {}
         for task, plan in quality_embeddings.PLANS.items():
             means = {}
             for lr in RATES[1:]:
                 own = [scores.get((task, "owlore", variant, lr, s, plan.split)) for s in plan.seeds]
+                # Folds differ by more than variants: all of them or none.
                 kept = [value for value in own if value is not None]
-                if kept:
+                if len(kept) == len(own):
                     means[lr] = statistics.mean(kept)
             if not means:
                 break
@@ -431,8 +434,10 @@ def best_subspace(
             gains.append(means[rates[task]] / quality_embeddings.WORSE[task])
         else:
             found[variant] = statistics.mean(gains), rates
+    if FROZEN_ALL not in found:
+        return None
     best = max(found, key=lambda variant: found[variant][0])
-    return None if best == DEFAULT else (best, found[best][1])
+    return None if best == FROZEN_ALL else (best, found[best][1])
 
 
 def candidates(task: str, method: str) -> tuple[str, ...]:
@@ -1078,9 +1083,24 @@ def merge(args: argparse.Namespace) -> None:
     )
 
 
+def results_files(named: Sequence[Path]) -> list[Path]:
+    """The results files that are named, or all that are committed.
+
+    Raises:
+        SystemExit: A file is not there.
+    """
+    for file in named:
+        if not file.is_file():
+            raise SystemExit(f"there is no file {file}")
+    return list(named) or sorted(RESULTS.glob("*/quality.json"))
+
+
 def summary(args: argparse.Namespace) -> None:
     """Prints the tables as Markdown."""
-    for file in args.files or sorted(RESULTS.glob("*/quality.json")):
+    files = results_files(args.files)
+    if not any((r["method"], r["variant"]) == tuple(args.against) for r in read_rows(files)):
+        raise SystemExit(f"there is no run of {' '.join(args.against)}")
+    for file in files:
         rows = read_rows([file])
         gpus = " and ".join(sorted({row["gpu"] for row in rows}))
         print_summary(rows, gpus, tuple(args.against), read_rows([file], "quality-time"))
@@ -1098,8 +1118,8 @@ def print_summary(
                 continue
             head = [
                 "method", "variant", "lr", "seeds", "mean", "deviation", f"against {against[0]}",
-                "against its base", "against uniform", "against reverse", "state MiB",
-                f"of {against[0]}'s", "peak GiB", "seconds", "trained", "per task",
+                "base", "against its base", "against uniform", "against reverse", "state MiB",
+                f"of {against[0]}'s", "peak over weights, GiB", "seconds", "trained", "per task",
             ]  # fmt: skip
             lines = [head, ["---"] * len(head)]
             for e in table:
@@ -1108,13 +1128,14 @@ def print_summary(
                 lines.append([
                     e["method"] + (" *" if e["chosen"] else ""), e["variant"], f"{e['lr']:.0e}",
                     f"{e['seeds']} ({e['seed_range']})", f"{e['mean']:.4g}", deviation,
+                    quality_stats.interval(e["against"], task), e["base_name"] or "",
                     *(
                         quality_stats.interval(e[name], task)
-                        for name in ("against", "base", "uniform", "reverse")
+                        for name in ("base", "uniform", "reverse")
                     ),
                     f"{e['state_mib']:.0f}",
                     "" if e["state_share"] is None else f"{100 * e['state_share']:.0f}%",
-                    f"{e['peak_gib']:.2f}",
+                    "" if e["added_gib"] is None else f"{e['added_gib']:.2f}",
                     "" if e["seconds"] is None else f"{e['seconds']:.1f}",
                     f"{e['trained_parameters'] / 1e6:.1f}M", tasks,
                 ])  # fmt: skip
@@ -1124,12 +1145,13 @@ def print_summary(
 
 def decide(args: argparse.Namespace) -> None:
     """Prints what validation chose for embedding and head, and what the rule says of it."""
-    rows = read_rows(args.files or sorted(RESULTS.glob("*/quality.json")))
+    rows = read_rows(results_files(args.files))
     for task in quality_embeddings.PLANS:
         best = quality_embeddings.chosen(task, rows)
         for method, settings in quality_embeddings.SETTINGS.items():
             tuned = quality_embeddings.tuned(task, method, rows)
             for setting, variant in settings.items():
+                setting = "trained" if setting == "full" else setting
                 if variant in tuned:
                     lr, mean = tuned[variant]
                     mark = " <- chosen" if best.get(method) == (variant, lr) else ""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import quality_stats
 
 __all__ = [
-    "PLANS", "RATES", "SETTINGS", "TABLES", "Key", "Verdict", "by_seed", "chosen", "jobs",
+    "PLANS", "RATES", "SETTINGS", "TABLES", "Key", "Verdict", "chosen", "jobs",
     "judged", "tuned", "tuning", "verdict",
 ]  # fmt: skip
 

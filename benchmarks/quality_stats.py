@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 __all__ = [
-    "accuracy", "best_rates", "interval", "paired", "score", "summarise", "t_quantile", "unpaired",
+    "accuracy", "best_rates", "interval", "paired", "score", "summarise", "t_quantile",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -84,27 +84,6 @@ def paired(mine: dict[int, float], theirs: dict[int, float]) -> Interval | None:
     mean = statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     half = t_quantile(len(differences) - 1) * error
-    return mean, mean - half, mean + half
-
-
-def unpaired(mine: Collection[float], theirs: Collection[float]) -> Interval | None:
-    """Difference of two means with no seed in common, and its 95% interval (Welch).
-
-    Args:
-        mine: Values.
-        theirs: Values of what it is compared with.
-
-    Returns:
-        Mean, lower end, upper end; None with fewer than two values of either.
-    """
-    if min(len(mine), len(theirs)) < 2:
-        return None
-    errors = [statistics.variance(values) / len(values) for values in (mine, theirs)]
-    spread = sum(e**2 / (len(v) - 1) for e, v in zip(errors, (mine, theirs), strict=True))
-    # Rounded down, so that the interval is not too short.
-    freedom = int(sum(errors) ** 2 / spread) if spread else len(mine) + len(theirs) - 2
-    mean = statistics.mean(mine) - statistics.mean(theirs)
-    half = t_quantile(freedom) * math.sqrt(sum(errors))
     return mean, mean - half, mean + half
 
 
@@ -185,19 +164,17 @@ def summarise(
     """One row for each (method, variant, lr): mean, deviation, paired differences, cost.
 
     Differences are seed by seed, by fresh seeds where both have them, with their 95% interval, and
-    None with fewer than two seeds in common: `against` (between means, and `unpaired` set, where
-    the seeds that count are all fresh to the other); `base`, to the same method and rate without
-    the variant's last options; of a method that draws blocks, `uniform` and `reverse`, to those
-    distributions with the same variant and rate.
+    None with fewer than two seeds in common: `against`; `base`, to the same method and rate without
+    the variant's last options (`base_name`); of a method that draws blocks, `uniform` and
+    `reverse`, to those distributions with the same variant and rate.
 
     Args:
         rows: Rows of runs.
         task: The task.
-        split: "validation" or "test".
+        split: "validation", "fold" or "test".
         against: Method and variant of the runs that all are compared with (of several rates the
             chosen one, then the one tuned for them, the one with the most seeds, the better one).
-        timed: Rows of runs that had a GPU for themselves: seconds are theirs, and peak memory
-            where it was not measured in a plain loop.
+        timed: Rows of runs that had a GPU for themselves: seconds are theirs.
         fresh: Seeds that count alone where a row of the table has them.
     """
     groups: dict[tuple[str, str, float], dict[int, Row]] = {}
@@ -232,14 +209,6 @@ def summarise(
                 return found
         return None
 
-    def against_reference(key: tuple[str, str, float]) -> tuple[Interval | None, bool]:
-        if reference is None or key == reference:
-            return None, False
-        if not fresh or counted(key).keys() & groups[reference].keys():
-            return difference(key, reference), False
-        mine, theirs = ([value(row) for row in counted(k).values()] for k in (key, reference))
-        return unpaired(mine, theirs), True
-
     like = [key for key in groups if key[:2] == tuple(against)]
     reference = max(like, key=rank, default=None)
     state = max((row["state_mib"] for row in groups.get(reference, {}).values()), default=0.0) \
@@ -250,17 +219,13 @@ def summarise(
         kept = counted(key)
         own = list(kept.values())
         values = [value(row) for row in own]
-        found, apart = against_reference(key)
         known = {k[1] for k in groups if (k[0], k[2]) == (method, lr)}
         base = base_of(variant, known)
-        alone, plain = (
-            [
-                row
-                for row in some
-                if (row["task"], row["method"], row["variant"]) == (task, *key[:2])
-            ]
-            for some in (timed, [row for row in rows if row["split"] == "memory"])
-        )
+        alone = [
+            row
+            for row in timed
+            if (row["task"], row["method"], row["variant"]) == (task, method, variant)
+        ]
         draws = {
             name: difference(key, (name, variant, lr))
             if method in DRAWING and method != name
@@ -273,14 +238,11 @@ def summarise(
             "mean": statistics.mean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
             "reference": key == reference,
-            "against": found,
-            "unpaired": apart,
+            "against": difference(key, None if key == reference else reference),
             "base": difference(key, (method, base, lr)) if base else None,
             "base_name": base,
             **draws,
             "state_mib": max(row["state_mib"] for row in own),
-            # What an earlier run of a process has left counts in some: not in the least.
-            "peak_gib": min(row["peak_gib"] for row in plain or alone or own),
             "added_gib": added_gib(rows, task, method, variant),
             "seconds": statistics.mean(row["seconds"] for row in alone) if alone else None,
             "trained_parameters": own[0]["trained_parameters"],
