@@ -398,14 +398,18 @@ class Exchange:
             synced: Whether it made all hidden parameters equal on all ranks.
 
         Raises:
-            RuntimeError: The wrapper manages a hidden parameter, or not a visible one.
+            RuntimeError: The wrapper manages a hidden parameter, waits for the gradient of one that
+                rests, or does not manage a visible one.
         """
         managed = {id(param) for param in ddp._module_parameters}
-        if any(id(param) in managed for param in self._hidden):
+        # Built before OwLore, it waits for gradients of weights that rest now, unless told not to.
+        early = not set(names_of(ddp.module, self._hidden)) <= set(ddp.parameters_to_ignore)
+        waits = early and not (synced or ddp.find_unused_parameters or ddp.static_graph)
+        if waits or any(id(param) in managed for param in self._hidden):
             raise RuntimeError(
                 "owlore: DistributedDataParallel manages parameters that OwLore switches on and "
-                "off. Wrap the very model that OwLore was built from, or build OwLore from the "
-                "wrapped model: OwLore(DistributedDataParallel(model), ...)"
+                "off, or off for good. Wrap the very model that OwLore was built from, or build "
+                "OwLore from the wrapped model: OwLore(DistributedDataParallel(model), ...)"
             )
         if any(id(param) not in managed for param in self._visible):
             raise RuntimeError(

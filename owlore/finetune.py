@@ -265,6 +265,8 @@ class _Monitor(TrainerCallback):
             return
         active = self.trainer.owlore.active_blocks
         blocks = "blocks " + " ".join(map(str, active)) if len(active) <= 8 else "many blocks"
+        if len(active) == len(self.trainer.owlore.probabilities):
+            blocks = "all blocks"
         description = f"loss {logs['loss']:.3f}, {blocks}"
         self.bar.update(self.task, completed=state.global_step, description=description)
         every = max(1, state.max_steps // 10)

@@ -405,9 +405,11 @@ def describe(
 def _describe_roles(
     layout: blocks.Layout, members: list[Member], config: OwLoreConfig, gamma: int
 ) -> list[str]:
+    count = len(layout.blocks)
+    drawn = f"{gamma} train at a time, drawn every {config.interval} steps"
     lines = [
-        f"{len(layout.blocks)} decoder blocks in {layout.blocks_path}, {gamma} train at a time, "
-        f"drawn every {config.interval} steps"
+        f"{count} decoder blocks in {layout.blocks_path}, "
+        + ("all train" if gamma == count else drawn)
     ]
     by_param = {id(member.entry.param): member for member in members}
     for role in blocks.ROLES:

@@ -481,8 +481,14 @@ def write_card(path: str | Path, run: dict[str, Any]) -> None:
     front += [f"license: {model['license']}"] if known else []
     front += [f"base_model: {model['name']}"] if hub_name else []
     front += ["tags: [owlore, fine-tuned]", "---"]
-    scores = "none" if run["scores"] is None else "see scores.json beside this folder"
     rank = "full" if config["rank"] is None else config["rank"]
+    blocks = f"all {run['blocks']} blocks"
+    if not _trains_all(run):
+        blocks = (
+            f"{config['blocks']} of {run['blocks']} blocks at a time, redrawn every "
+            f"{config['interval']} steps, distribution {config['distribution']}"
+        )
+    scores = "" if run["scores"] is None else "; outlier scores: see scores.json beside this folder"
     data = Path(run["options"]["data"])
     data_name = f"{data.parent.name}/{data.name}" if data.parent.name else data.name
     lines = [
@@ -507,9 +513,7 @@ def write_card(path: str | Path, run: dict[str, Any]) -> None:
         f"- **Training**: {run['steps']} steps of "
         f"{run['options']['batch_size'] * run['options']['accumulation']} rows, learning rate "
         f"{config['lr']:g} ({run['options']['scheduler']})",
-        f"- **Method**: OwLore (arXiv 2405.18380): {config['blocks']} of {run['blocks']} blocks at "
-        f"a time, redrawn every {config['interval']} steps, distribution "
-        f"{config['distribution']}, rank {rank}; outlier scores: {scores}",
+        f"- **Method**: OwLore (arXiv 2405.18380): {blocks}, rank {rank}{scores}",
         f"- **Licence**: the base model's licence is {model['license']}; it and the licence of the "
         "training data also bind this model. Check both before you pass it on.",
         f"- **Made with**: owlore {run['versions']['owlore']}, torch {run['versions']['torch']}, "
@@ -562,6 +566,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
     body = line("th", head) + "".join(line("td", row) for row in rows)
     return f'<div class="wide"><table>{body}</table></div>'
+
+
+def _trains_all(run: dict[str, Any]) -> bool:
+    """Whether every block of the run trains in every step."""
+    return run["config"]["blocks"] in ("all", run["blocks"])
 
 
 def _image(path: Path, alt: str) -> str:
@@ -629,13 +638,18 @@ def _page(run: dict[str, Any], folder: Path) -> str:
             [(f"{a} to {b}", _blocks_text(blocks, run["blocks"])) for a, b, blocks in _spans(run)],
         ),
         "</details>",
-        "<h2>Why these blocks</h2>",
-        _image(folder / "scores.png", "outlier scores and sampling probabilities of the blocks"),
-        f'<p class="soft">Distribution: {e(str(config["distribution"]))}. An outlier score is the '
-        "share of entries of a block's weights, each times the norm of its input over the "
-        "calibration text, that exceed the threshold times their mean.</p>",
-        "<h2>Memory</h2>",
     ]
+    if run["scores"] is not None or not _trains_all(run):
+        parts += [
+            "<h2>Why these blocks</h2>",
+            _image(
+                folder / "scores.png", "outlier scores and sampling probabilities of the blocks"
+            ),
+            f'<p class="soft">Distribution: {e(str(config["distribution"]))}. An outlier score is '
+            "the share of entries of a block's weights, each times the norm of its input over the "
+            "calibration text, that exceed the threshold times their mean.</p>",
+        ]
+    parts.append("<h2>Memory</h2>")
     account = run["memory"]["bytes"]
     largest = max([size for size in account.values() if size] or [1])
     planned = (run["memory"].get("planned") or {"bytes": {}})["bytes"]

@@ -1000,6 +1000,15 @@ def run_wrong_orders() -> list[str]:
         DistributedDataParallel(Outer(model))(input_ids=rows_, labels=rows_)
         kept.detach()
 
+    def inner_later() -> None:
+        model = llama()
+        wrapped = DistributedDataParallel(model)
+        kept = OwLore(model, rank=4)
+        try:
+            wrapped(input_ids=rows_, labels=rows_)
+        finally:
+            kept.detach()
+
     def late() -> None:
         model = llama()
         kept = OwLore(model, **OPTIONS | {"gradient": "dense"})
@@ -1046,7 +1055,7 @@ def run_wrong_orders() -> list[str]:
 
         OwLore(fully_shard(llama(), offload_policy=CPUOffloadPolicy(False)), **OPTIONS)
 
-    builds = (outer, late, nothing_left, forgotten, two_cuts, tensor_parallel, in_host_memory)
+    builds = (outer, inner_later, late, nothing_left, forgotten, two_cuts, tensor_parallel, in_host_memory)
     for build in builds:
         attempt(build)
     return messages
@@ -1054,6 +1063,7 @@ def run_wrong_orders() -> list[str]:
 
 def test_wrong_orders_and_wrappers_say_what_to_do():
     wants = [
+        "Wrap the very model that OwLore was built from",
         "Wrap the very model that OwLore was built from",
         "call fully_shard first",
         "under it embeddings or head must be 'full'",

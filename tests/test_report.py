@@ -110,7 +110,14 @@ def test_a_run_without_scores_and_held_out_rows_has_a_report(tmp_path: Path) -> 
     run = a_run(scores=None, nonfinite=7, status="interrupted", planned_steps=30)
     run["loss"] = {**run["loss"], "before": None, "after": None, "held_out": []}
     report.write_json(tmp_path / "run.json", run)
+    assert "Why these blocks" in report.write_report(tmp_path).read_text()
+    # Where all blocks train nothing is drawn, and no distribution has a say.
+    run["config"] = OwLoreConfig(interval=5).to_dict()
+    report.write_json(tmp_path / "run.json", run)
+    report.write_card(tmp_path / "README.md", {**run, "loss": a_run()["loss"]})
+    assert "all 4 blocks, rank 128\n" in (tmp_path / "README.md").read_text()
     page = report.write_report(tmp_path).read_text()
+    assert "Why these blocks" not in page
     assert "7 matrix-steps had non-finite gradients" in page
     assert "interrupted: 12 of 30 steps" in page
     text = report.summary(run, tmp_path)
@@ -176,6 +183,7 @@ def test_the_card_states_base_data_losses_and_licence(tmp_path: Path) -> None:
     assert "2.0000 before, 1.5000 after" in card
     assert "some/rows.jsonl, 20 rows" in card
     assert "dequantised from 4 bit" in card
+    assert "2 of 4 blocks at a time, redrawn every 5 steps, distribution outlier" in card
     run = a_run(model={**a_run()["model"], "name": "/home/me/model", "license": "unknown"})
     report.write_card(tmp_path / "README.md", run)
     front = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
