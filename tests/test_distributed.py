@@ -1055,7 +1055,10 @@ def run_wrong_orders() -> list[str]:
 
         OwLore(fully_shard(llama(), offload_policy=CPUOffloadPolicy(False)), **OPTIONS)
 
-    builds = (outer, inner_later, late, nothing_left, forgotten, two_cuts, tensor_parallel, in_host_memory)
+    builds = (
+        outer, inner_later, late, nothing_left, forgotten, two_cuts, tensor_parallel,
+        in_host_memory,
+    )  # fmt: skip
     for build in builds:
         attempt(build)
     return messages
